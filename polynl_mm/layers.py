@@ -1,0 +1,189 @@
+"""Poly-NL as layers: the parameters, their initial values, one call to ops."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmengine.model import constant_init, xavier_init
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+
+from .ops import FORMS, poly_nl
+from .registry import MODELS
+
+__all__ = ['PolyNL1d', 'PolyNL2d', 'PolyNL3d']
+
+
+class _PolyNL(nn.Module):
+    r"""Poly-NL layer, a non-local block of linear complexity.
+
+    .. math::
+        Y = \alpha X + \beta (\Phi(X W_1 \odot X W_2) \odot X) W_3
+
+    with :math:`\Phi` the mean over all positions of an image (Babiloni et
+    al., ICCV 2021, arXiv 2107.02859). As a plug-in of an mmdet or mmseg
+    backbone::
+
+        plugins=[dict(cfg=dict(type='polynl_mm.PolyNL2d'),
+                      stages=(False, False, True, False),
+                      position='after_conv3')]
+
+    With the default arguments the layer starts as the identity: it can be put
+    into a pretrained network without disturbing it. Exclude ``alpha`` and
+    ``beta`` from weight decay (``paramwise_cfg.custom_keys``, see README).
+
+    Args:
+        in_channels (int): Channels of input and output.
+        alpha_init (float): Initial value of alpha, the weight of the input.
+        beta_init (float): Initial value of beta, the weight of the branch.
+            At 0 the layer is the identity and only beta learns in the first
+            step.
+        zero_init_w3 (bool): Start W3 at zero instead: the identity for any
+            ``beta_init`` but 0, with which nothing would ever learn.
+        bias (bool): Whether the three 1x1 convolutions have biases.
+        norm_cfg (dict, optional): Normalise the branch,
+            :math:`Y = \alpha X + \beta \, norm((\Phi(\cdot) \odot X) W_3)`.
+            Costs another pass over X. With a BatchNorm it warns, because
+            hosts freeze the statistics (``norm_eval=True``).
+        form (str): ``'auto'``, ``'direct'`` or ``'gram'``, see
+            :func:`polynl_mm.ops.poly_nl`. Parameters, checkpoints and results
+            are the same in each.
+
+    Shape:
+        - input: (B, in_channels, \*spatial) of float16, bfloat16, float32 or
+          float64.
+        - output: as the input; it owns its memory.
+
+    Raises:
+        ValueError: On arguments out of range, on a start that can never
+            learn, and on input of another shape.
+    """
+
+    _abbr_ = 'poly_nl'
+    _conv: type
+    _spatial_dims: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        alpha_init: float = 1.0,
+        beta_init: float = 0.0,
+        zero_init_w3: bool = False,
+        bias: bool = False,
+        norm_cfg: dict | None = None,
+        form: str = 'auto',
+    ) -> None:
+        super().__init__()
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(
+                f'in_channels must be a positive int, got {in_channels!r}'
+            )
+        if form not in FORMS:
+            raise ValueError(f'form must be one of {FORMS}, got {form!r}')
+        if zero_init_w3 and beta_init == 0:
+            raise ValueError(
+                'beta_init=0 with zero_init_w3=True can never learn: every '
+                'gradient of the branch is zero. Set one of them only'
+            )
+        self.in_channels = in_channels
+        self.alpha_init = alpha_init
+        self.beta_init = beta_init
+        self.zero_init_w3 = zero_init_w3
+        self.form = form
+        self.w1 = self._conv(in_channels, in_channels, 1, bias=bias)
+        self.w2 = self._conv(in_channels, in_channels, 1, bias=bias)
+        self.w3 = self._conv(in_channels, in_channels, 1, bias=bias)
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.beta = nn.Parameter(torch.empty(1))
+        self.norm = self._build_norm(norm_cfg) if norm_cfg else None
+        # Here too: a host that loads a checkpoint calls no init_weights.
+        self.init_weights()
+
+    def _build_norm(self, norm_cfg: dict) -> nn.Module:
+        norm = build_norm_layer(norm_cfg, self.in_channels)[1]
+        if isinstance(norm, nn.LayerNorm):
+            raise ValueError(
+                f'norm_cfg={norm_cfg} normalises the last axis, not the '
+                "channels; use dict(type='GN', num_groups=1)"
+            )
+        if isinstance(norm, _BatchNorm):
+            warnings.warn(
+                f'norm_cfg={norm_cfg} in {type(self).__name__}: hosts with '
+                'norm_eval=True or frozen_stages keep this BatchNorm at its '
+                'initial statistics for ever; GN does not depend on them',
+                stacklevel=3,
+            )
+        return norm
+
+    def init_weights(self) -> None:
+        """Initial values; hosts call it after initialising their own."""
+        for conv in (self.w1, self.w2, self.w3):
+            xavier_init(conv, distribution='normal')
+        if self.zero_init_w3:
+            constant_init(self.w3, 0)
+        nn.init.constant_(self.alpha, self.alpha_init)
+        nn.init.constant_(self.beta, self.beta_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: (B, in_channels, \\*spatial) -> the same."""
+        if x.dim() != 2 + self._spatial_dims or (
+            x.shape[1] != self.in_channels
+        ):
+            raise ValueError(
+                f'{type(self).__name__} was built with in_channels='
+                f'{self.in_channels} for (B, {self.in_channels}, '
+                f'{self._spatial_dims} spatial axes), got input of shape '
+                f'{tuple(x.shape)}. If a host inserted it (plugins=[...]), '
+                'the host announced another channel count for this position '
+                "than it delivers; choose another, such as 'after_conv3'"
+            )
+        residual_in_op = self.norm is None
+        y = poly_nl(
+            x,
+            self.w1.weight.flatten(1),
+            self.w2.weight.flatten(1),
+            self.w3.weight.flatten(1),
+            self.alpha if residual_in_op else 0.0,
+            self.beta if residual_in_op else 1.0,
+            self.w1.bias,
+            self.w2.bias,
+            self.w3.bias,
+            form=self.form,
+        )
+        if residual_in_op:
+            return y
+        return self.alpha * x + self.beta * self.norm(y)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows of the layer."""
+        return f'in_channels={self.in_channels}, form={self.form!r}'
+
+
+@MODELS.register_module()
+class PolyNL1d(_PolyNL):
+    """Poly-NL over sequences."""
+
+    _conv = nn.Conv1d
+    _spatial_dims = 1
+
+
+@MODELS.register_module()
+class PolyNL2d(_PolyNL):
+    """Poly-NL over images and feature maps."""
+
+    _conv = nn.Conv2d
+    _spatial_dims = 2
+
+
+@MODELS.register_module()
+class PolyNL3d(_PolyNL):
+    """Poly-NL over videos and volumes."""
+
+    _conv = nn.Conv3d
+    _spatial_dims = 3
+
+
+for _layer in (PolyNL1d, PolyNL2d, PolyNL3d):
+    _layer.__doc__ += _PolyNL.__doc__.partition('\n')[2]

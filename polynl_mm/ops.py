@@ -1,0 +1,478 @@
+r"""The Poly-NL operation: derivation, both of its forms, and their gradient.
+
+Notation, for one image: :math:`X \in R^{C \times N}` holds the features as
+columns, :math:`N` positions (``N = prod(spatial)``) of :math:`C` channels.
+:math:`W_1, W_2, W_3 \in R^{C \times C}` act as 1x1 convolutions do, from the
+left and indexed (out, in); :math:`\alpha, \beta` are scalars; :math:`\odot` is
+the elementwise product.
+
+**The layer** (Babiloni et al., "Poly-NL: Linear Complexity Non-local Layers
+with 3rd Order Polynomials", ICCV 2021, arXiv 2107.02859), in this notation:
+
+.. math::
+    g &= \tfrac1N \textstyle\sum_n (W_1 x_n) \odot (W_2 x_n)
+        && \text{average-pooled product, a C-vector} \\
+    y_n &= \alpha x_n + \beta W_3 (g \odot x_n)
+        && \text{gate, project, add to the input}
+
+**direct** computes just that: three 1x1 convolutions, :math:`3NC^2`
+multiply-adds forward and :math:`9NC^2` with backward, and several N x C
+activations kept for backward.
+
+**gram** computes the same function from the second moment of X:
+
+.. math::
+    S &= X X^T / N                                        && NC^2 \\
+    g_c &= w_{1c}^T S\, w_{2c}, \quad\text{that is}\quad
+        g = \operatorname{rowsum}((W_1 S) \odot W_2)      && C^3 \\
+    M &= \alpha I + \beta W_3 \operatorname{diag}(g)      && C^2 \\
+    Y &= M X                                              && NC^2
+
+because :math:`(W_1 x)_c (W_2 x)_c = w_{1c}^T x x^T w_{2c}`, where
+:math:`w_{ic}` is row c of :math:`W_i`. Nothing of size N x C is made but Y,
+and only X is kept for backward. With biases and the mean position
+:math:`m = \tfrac1N \sum_n x_n`, :math:`u = W_1 x + b_1` and
+:math:`v = W_2 x + b_2` add to the gate
+
+.. math::
+    g \mathrel{+}= b_1 \odot W_2 m + b_2 \odot W_1 m + b_1 \odot b_2
+
+and :math:`\beta b_3` is added to every column of Y.
+
+**Its gradient**, from :math:`\bar Y = \partial L / \partial Y` (sums over the
+batch for the parameters):
+
+.. math::
+    \bar M &= \bar Y X^T                                  && NC^2 \\
+    t_c &= \textstyle\sum_j \bar M_{jc} W_{3,jc}, \quad \bar g = \beta t \\
+    \bar\alpha &= \operatorname{tr} \bar M, \quad
+        \bar\beta = g^T t, \quad
+        \bar W_3 = \beta \bar M \operatorname{diag}(g) \\
+    \bar W_1 &= \operatorname{diag}(\bar g) W_2 S, \quad
+        \bar W_2 = \operatorname{diag}(\bar g) W_1 S      && 2C^3 \\
+    \bar S &= W_1^T \operatorname{diag}(\bar g) W_2       && C^3 \\
+    \bar X &= M^T \bar Y + (\bar S + \bar S^T) X / N      && 2NC^2
+
+and with biases :math:`\bar W_1 \mathrel{+}= (\bar g \odot b_2) m^T`,
+:math:`\bar b_1 = \bar g \odot (W_2 m + b_2)`, the same with 1 and 2 exchanged,
+:math:`\bar b_3 = \beta \sum_n \bar y_n`,
+:math:`\bar\beta \mathrel{+}= b_3^T \sum_n \bar y_n`, and every column of
+:math:`\bar X` gains
+:math:`(W_1^T (\bar g \odot b_2) + W_2^T (\bar g \odot b_1)) / N`.
+
+**Precision.** The branch is cubic in X: in float16 the product of two
+projections overflows at magnitudes of 256. For float16 and bfloat16 input,
+everything between X and the output (S, g and M; the product, its mean and the
+gate; and their gradients) is float32, and only the N x C products run in the
+input's dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ['FORMS', 'choose_form', 'poly_nl', 'poly_nl_direct', 'poly_nl_gram']
+
+FORMS = ('auto', 'direct', 'gram')
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_HALF = (torch.float16, torch.bfloat16)
+_BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, 'dtype')  # torch >= 2.8
+
+# Multiply-adds that take as long as one byte of an N x C temporary written
+# and read again. Set by tools/benchmark_layer.py.
+_MACS_PER_BYTE = 16.0
+
+
+def poly_nl(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    alpha: Tensor | float,
+    beta: Tensor | float,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    b3: Tensor | None = None,
+    form: str = 'auto',
+) -> Tensor:
+    r"""Poly-NL, by the form asked for.
+
+    .. math::
+        Y = \alpha X + \beta W_3 (\Phi(W_1 X \odot W_2 X) \odot X)
+
+    The mean :math:`\Phi` is taken over all positions of an image. Under
+    autocast ``x`` is cast as a convolution would cast it.
+
+    Args:
+        x (Tensor): Features, float16, bfloat16, float32 or float64, of any
+            strides. A channels-last ``x`` gives a channels-last result.
+        w1, w2, w3 (Tensor): Weights of the three 1x1 convolutions, indexed
+            (out, in).
+        alpha, beta (Tensor or float): Scalars, tensors of one element.
+        b1, b2, b3 (Tensor, optional): Biases of the convolutions.
+        form (str): ``'direct'``, ``'gram'``, or ``'auto'``, which takes the
+            one that :func:`choose_form` expects to be faster. All compute
+            the same function; see the module's description.
+
+    Shape:
+        - x: (B, C, \*spatial) with one to three spatial axes.
+        - w1, w2, w3: (C, C). b1, b2, b3: (C,).
+        - result: as ``x``. It owns its memory: it may be changed in place.
+
+    Raises:
+        ValueError: If a shape, a dtype or ``form`` is not as stated.
+        RuntimeError: On double backward through the gram form, which is not
+            implemented; use ``form='direct'`` for second derivatives.
+    """
+    if form not in FORMS:
+        raise ValueError(f'form must be one of {FORMS}, got {form!r}')
+    args = (x, w1, w2, w3, alpha, beta, b1, b2, b3)
+    if form == 'auto':
+        _check(*args)
+        form = choose_form(
+            n=math.prod(x.shape[2:]),
+            c=x.shape[1],
+            backward=_wants_grad(args),
+            itemsize=x.element_size(),
+        )
+    return poly_nl_gram(*args) if form == 'gram' else poly_nl_direct(*args)
+
+
+def choose_form(n: int, c: int, backward: bool, itemsize: int = 4) -> str:
+    """The form expected to be faster: the one place of the rule.
+
+    Counts the multiply-adds of each form, and the bytes of the N x C
+    temporaries that only the direct form makes, at one measured rate of
+    exchange (``python tools/benchmark_layer.py``, table in
+    ``docs``/README). The batch size cancels out.
+
+    Args:
+        n (int): Positions per image. c (int): Channels.
+        backward (bool): Whether a gradient will be wanted.
+        itemsize (int): Bytes per element of the features.
+
+    Returns:
+        str: ``'direct'`` or ``'gram'``.
+    """
+    if backward:
+        direct, gram, temporaries = 9 * n * c**2, 5 * n * c**2 + 4 * c**3, 18
+    else:
+        direct, gram, temporaries = 3 * n * c**2, 2 * n * c**2 + c**3, 7
+    direct += _MACS_PER_BYTE * temporaries * n * c * itemsize
+    return 'gram' if gram <= direct else 'direct'
+
+
+def poly_nl_direct(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    alpha: Tensor | float,
+    beta: Tensor | float,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    b3: Tensor | None = None,
+) -> Tensor:
+    """Poly-NL as the paper writes it. Arguments as :func:`poly_nl`."""
+    x, p = _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3)
+    spatial = tuple(range(2, x.dim()))
+    ones = (1,) * len(spatial)
+
+    def conv(z, w, b=None):
+        b = None if b is None else b.to(z.dtype)
+        w = w.to(z.dtype).reshape(w.shape + ones)
+        return _CONVS[len(spatial)](z, w, b)
+
+    with _no_autocast(x):
+        u, v = conv(x, p.w1, p.b1), conv(x, p.w2, p.b2)
+        g = (u.to(p.dtype) * v.to(p.dtype)).sum(spatial, keepdim=True)
+        g = g / max(math.prod(x.shape[2:]), 1)
+        if x.dtype in _HALF:
+            # x * g may exceed float16 where the output does not: project it
+            # relative to the largest gate, which cancels out.
+            scale = g.detach().abs().amax(1, keepdim=True)
+            scale = scale.clamp_min(torch.finfo(p.dtype).tiny)
+            branch = conv((x * (g / scale)).to(x.dtype), p.w3) * scale
+            if p.b3 is not None:
+                branch = branch + p.b3.reshape(-1, *ones)
+        else:
+            branch = conv(x * g, p.w3, p.b3)
+        return (p.alpha * x + p.beta * branch).to(x.dtype)
+
+
+def poly_nl_gram(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    alpha: Tensor | float,
+    beta: Tensor | float,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    b3: Tensor | None = None,
+) -> Tensor:
+    """Poly-NL from second moments. Arguments as :func:`poly_nl`.
+
+    Where no gradient is wanted, it runs as ordinary tensor operations, so
+    tracers, exporters and counters see matrix products.
+    """
+    x, p = _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3)
+    with _no_autocast(x):
+        if _wants_grad((x, *p)):
+            return _PolyNLGram.apply(x, *p)
+        return _gram_forward(x, p)[0]
+
+
+class _Params(NamedTuple):
+    """Weights, scalars and biases in the dtype of the C x C algebra.
+
+    ``b1`` and ``b2`` are both there or both None.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    w3: Tensor
+    alpha: Tensor
+    beta: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+    b3: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.w1.dtype
+
+
+def _gram_forward(x: Tensor, p: _Params) -> tuple[Tensor | None, ...]:
+    """Y, and what its gradient needs besides: g, S, S W1^T and m."""
+    xf = x.flatten(2)
+    n = max(xf.shape[-1], 1)
+    s = _matmul(xf, xf.mT) / n
+    # S is symmetric, hence S W^T = (W S)^T; written in this order the whole
+    # batch is one matrix product.
+    sw1 = torch.matmul(s, p.w1.mT)
+    g = (sw1 * p.w2.mT).sum(1)
+    m = None
+    if p.b1 is not None:
+        m = xf.sum(-1, dtype=p.dtype) / n
+        g = g + p.b1 * F.linear(m, p.w2, p.b2) + p.b2 * F.linear(m, p.w1)
+    y = _mix(_mixing_matrix(g, p), x)
+    if p.b3 is not None:
+        y.add_(_per_channel(p.beta * p.b3, y))
+    return y, g, s, sw1, m
+
+
+def _mixing_matrix(g: Tensor, p: _Params) -> Tensor:
+    """M = alpha I + beta W3 diag(g), one per image: (B, C, C)."""
+    eye = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
+    return p.alpha * eye + p.beta * p.w3 * g.unsqueeze(1)
+
+
+class _PolyNLGram(torch.autograd.Function):
+    """The gram form with the gradient of the module's description."""
+
+    @staticmethod
+    def forward(ctx, x, *params):
+        y, *moments = _gram_forward(x, _Params(*params))
+        ctx.save_for_backward(x, *params, *moments)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, *saved = ctx.saved_tensors
+        with _no_autocast(x):
+            return _gram_backward(
+                dy, x, _Params(*saved[:8]), *saved[8:], ctx.needs_input_grad
+            )
+
+
+def _gram_backward(dy, x, p, g, s, sw1, m, needed):
+    """Gradients of x and of every member of ``p``, None where not needed."""
+    need = dict(zip(('x', *p._fields), needed))
+    need_gate = any(need[k] for k in ('x', 'w1', 'w2', 'b1', 'b2'))
+    d = dict.fromkeys(need)
+    xf, dyf = x.flatten(2), dy.flatten(2)
+    n = max(xf.shape[-1], 1)
+
+    if need_gate or need['w3'] or need['alpha'] or need['beta']:
+        dm = _matmul(dyf, xf.mT)
+        t = (dm * p.w3).sum(1)
+        dg = p.beta * t
+    if need['alpha']:
+        d['alpha'] = dm.diagonal(dim1=1, dim2=2).sum().reshape(1)
+    if need['beta']:
+        d['beta'] = (g * t).sum().reshape(1)
+    if need['w3']:
+        d['w3'] = p.beta * (dm * g.unsqueeze(1)).sum(0)
+    if p.b3 is not None:
+        dy_sum = dyf.sum((0, 2), dtype=p.dtype)
+        d['b3'] = p.beta * dy_sum
+        if need['beta']:
+            d['beta'] += p.b3 @ dy_sum
+
+    if need['w1']:
+        sw2 = torch.matmul(s, p.w2.mT)
+        d['w1'] = (sw2 * dg.unsqueeze(1)).sum(0).mT
+    if need['w2']:
+        d['w2'] = (sw1 * dg.unsqueeze(1)).sum(0).mT
+    if p.b1 is not None and need_gate:
+        if need['w1']:
+            d['w1'] = d['w1'] + (dg * p.b2).mT @ m
+        if need['w2']:
+            d['w2'] = d['w2'] + (dg * p.b1).mT @ m
+        d['b1'] = (dg * F.linear(m, p.w2, p.b2)).sum(0)
+        d['b2'] = (dg * F.linear(m, p.w1, p.b1)).sum(0)
+
+    if need['x']:
+        ds = torch.matmul(p.w2.mT * dg.unsqueeze(1), p.w1)
+        dx = _mix(_mixing_matrix(g, p).mT, dy, like=x)
+        d['x'] = _mix((ds + ds.mT) / n, x, onto=dx)
+        if p.b1 is not None:
+            column = (dg * p.b2) @ p.w1 + (dg * p.b1) @ p.w2
+            d['x'].add_(_per_channel(column / n, x))
+    return tuple(d[k] if need[k] else None for k in need)
+
+
+def _mix(
+    matrix: Tensor,
+    x: Tensor,
+    like: Tensor | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """Apply (B, C, C) matrices to every position of (B, C, *spatial) ``x``.
+
+    The result has the memory layout of ``like`` (by default ``x``) and owns
+    its memory: host blocks add to it in place, which autograd forbids on a
+    view that a custom function or a checkpoint returns. With ``onto``, the
+    result is added to that tensor, in place.
+    """
+    matrix, xf = matrix.to(x.dtype), x.flatten(2)
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        # Exporters know no ``out=``; they make views harmless themselves.
+        y = torch.matmul(matrix, xf).view(x.shape)
+        return y if onto is None else onto + y
+    y = _empty_like(x if like is None else like) if onto is None else onto
+    yf = y.view(*y.shape[:2], -1) if y.numel() else y.flatten(2)
+    beta = 0 if onto is None else 1
+    if yf.is_contiguous():
+        torch.baddbmm(yf, matrix, xf, beta=beta, out=yf)
+    else:
+        torch.baddbmm(yf.mT, xf.mT, matrix.mT, beta=beta, out=yf.mT)
+    return y
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Uninitialised, with C innermost where that is so in x."""
+    if x.is_contiguous() or not x.flatten(2).mT.is_contiguous():
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    strides, step = [], x.shape[1]
+    for size in reversed(x.shape[2:]):
+        strides.append(step)
+        step *= size
+    return x.new_empty_strided(x.shape, (step, 1, *reversed(strides)))
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """(C,) or (B, C) values as a tensor that adds to every position of x."""
+    return v.to(x.dtype).reshape(*v.shape, *(1,) * (x.dim() - 2))
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product, at least in float32: (B, m, k) x (B, k, n)."""
+    if a.dtype not in _HALF:
+        return torch.bmm(a, b)
+    if a.is_cuda and _BMM_HAS_OUT_DTYPE:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
+
+
+def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3):
+    """Check the arguments; bring them to the dtypes to compute in."""
+    _check(x, w1, w2, w3, alpha, beta, b1, b2, b3)
+    autocast = _autocast_dtype(x.device.type)
+    if autocast is not None and x.dtype != torch.float64:
+        x = x.to(autocast)
+    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    if (b1 is None) != (b2 is None):
+        b1 = w1.new_zeros(len(w1)) if b1 is None else b1
+        b2 = w2.new_zeros(len(w2)) if b2 is None else b2
+
+    def scalar(v):
+        if isinstance(v, Tensor):
+            return v.to(dtype).reshape(1)
+        return x.new_full((1,), v, dtype=dtype)
+
+    return x, _Params(
+        *(w.to(dtype) for w in (w1, w2, w3)),
+        *(scalar(v) for v in (alpha, beta)),
+        *(None if b is None else b.to(dtype) for b in (b1, b2, b3)),
+    )
+
+
+def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3):
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(
+            'x must have shape (B, C, *spatial) with one to three spatial '
+            f'axes, got {tuple(x.shape)}'
+        )
+    if x.dtype not in (*_HALF, torch.float32, torch.float64):
+        raise ValueError(f'x must be floating point, got {x.dtype}')
+    c = x.shape[1]
+    autocast = _autocast_dtype(x.device.type) is not None
+    named = dict(w1=w1, w2=w2, w3=w3, b1=b1, b2=b2, b3=b3)
+    for name, t in dict(named, alpha=alpha, beta=beta).items():
+        if not isinstance(t, Tensor):
+            continue
+        if t.dtype != x.dtype and not autocast:
+            raise ValueError(
+                f'{name} has dtype {t.dtype} but x has {x.dtype}; only under '
+                'autocast may they differ'
+            )
+        shape = (c, c) if name[0] == 'w' else (c,)
+        if name in named and tuple(t.shape) != shape:
+            raise ValueError(
+                f'{name} must have shape {shape} for x with {c} channels, '
+                f'got {tuple(t.shape)}'
+            )
+        if name not in named and t.numel() != 1:
+            raise ValueError(
+                f'{name} must have one element, got shape {tuple(t.shape)}'
+            )
+
+
+def _wants_grad(tensors) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast casts to, None where it is off."""
+    try:
+        enabled = torch.is_autocast_enabled(device_type)
+    except TypeError:  # torch < 2.4 asks per device
+        if device_type == 'cpu':
+            on, dtype = (
+                torch.is_autocast_cpu_enabled,
+                torch.get_autocast_cpu_dtype,
+            )
+        else:
+            on, dtype = torch.is_autocast_enabled, torch.get_autocast_gpu_dtype
+        return dtype() if on() else None
+    return torch.get_autocast_dtype(device_type) if enabled else None
+
+
+def _no_autocast(x: Tensor):
+    """Within it every product runs in the dtype it is given."""
+    if _autocast_dtype(x.device.type) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

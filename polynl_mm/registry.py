@@ -1,0 +1,34 @@
+"""Child registries of scope ``polynl_mm``.
+
+mmengine imports this module, and then the ``locations`` below, the first time
+a config names a ``polynl_mm.*`` type, whatever the config's own default scope
+is. No ``custom_imports`` is needed.
+"""
+
+from importlib.util import find_spec
+
+from mmengine import registry as root
+from mmengine.registry import Registry
+
+# Every location is imported at the first look-up in any of the registries, so
+# a module bound to a host may be listed only where that host is installed.
+_HOST_OF = {
+    'polynl_mm.layers': 'mmcv',
+    'polynl_mm.engine': 'mmengine',
+    'polynl_mm.datasets': 'mmdet',
+}
+_LOCATIONS = [name for name, host in _HOST_OF.items() if find_spec(host)]
+
+
+def _child(parent: Registry) -> Registry:
+    return Registry(
+        parent.name, parent=parent, scope='polynl_mm', locations=_LOCATIONS
+    )
+
+
+MODELS = _child(root.MODELS)
+DATASETS = _child(root.DATASETS)
+TRANSFORMS = _child(root.TRANSFORMS)
+METRICS = _child(root.METRICS)
+HOOKS = _child(root.HOOKS)
+RUNNERS = _child(root.RUNNERS)
