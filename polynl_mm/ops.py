@@ -83,6 +83,7 @@ __all__ = ['FORMS', 'choose_form', 'poly_nl', 'poly_nl_direct', 'poly_nl_gram']
 FORMS = ('auto', 'direct', 'gram')
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_MIN_PANEL = 128
 _HALF = (torch.float16, torch.bfloat16)
 _BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, 'dtype')  # torch >= 2.8
 
@@ -252,10 +253,10 @@ class _Params(NamedTuple):
 
 
 def _gram_forward(x: Tensor, p: _Params) -> tuple[Tensor | None, ...]:
-    """Y, and what its gradient needs besides: g, S, S W1^T and m."""
+    """Y, and what its gradient needs besides: M, g, S, S W1^T and m."""
     xf = x.flatten(2)
     n = max(xf.shape[-1], 1)
-    s = _matmul(xf, xf.mT) / n
+    s = _second_moment(xf).div_(n)
     # S is symmetric, hence S W^T = (W S)^T; written in this order the whole
     # batch is one matrix product.
     sw1 = torch.matmul(s, p.w1.mT)
@@ -264,16 +265,12 @@ def _gram_forward(x: Tensor, p: _Params) -> tuple[Tensor | None, ...]:
     if p.b1 is not None:
         m = xf.sum(-1, dtype=p.dtype) / n
         g = g + p.b1 * F.linear(m, p.w2, p.b2) + p.b2 * F.linear(m, p.w1)
-    y = _mix(_mixing_matrix(g, p), x)
+    mixing = p.w3 * (p.beta * g).unsqueeze(1)
+    mixing.diagonal(dim1=1, dim2=2).add_(p.alpha)
+    y = _mix(mixing, x)
     if p.b3 is not None:
         y.add_(_per_channel(p.beta * p.b3, y))
-    return y, g, s, sw1, m
-
-
-def _mixing_matrix(g: Tensor, p: _Params) -> Tensor:
-    """M = alpha I + beta W3 diag(g), one per image: (B, C, C)."""
-    eye = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
-    return p.alpha * eye + p.beta * p.w3 * g.unsqueeze(1)
+    return y, mixing, g, s, sw1, m
 
 
 class _PolyNLGram(torch.autograd.Function):
@@ -295,7 +292,7 @@ class _PolyNLGram(torch.autograd.Function):
             )
 
 
-def _gram_backward(dy, x, p, g, s, sw1, m, needed):
+def _gram_backward(dy, x, p, mixing, g, s, sw1, m, needed):
     """Gradients of x and of every member of ``p``, None where not needed."""
     need = dict(zip(('x', *p._fields), needed))
     need_gate = any(need[k] for k in ('x', 'w1', 'w2', 'b1', 'b2'))
@@ -312,7 +309,7 @@ def _gram_backward(dy, x, p, g, s, sw1, m, needed):
     if need['beta']:
         d['beta'] = (g * t).sum().reshape(1)
     if need['w3']:
-        d['w3'] = p.beta * (dm * g.unsqueeze(1)).sum(0)
+        d['w3'] = _sum_images(dm.mul_((p.beta * g).unsqueeze(1)))
     if p.b3 is not None:
         dy_sum = dyf.sum((0, 2), dtype=p.dtype)
         d['b3'] = p.beta * dy_sum
@@ -321,9 +318,9 @@ def _gram_backward(dy, x, p, g, s, sw1, m, needed):
 
     if need['w1']:
         sw2 = torch.matmul(s, p.w2.mT)
-        d['w1'] = (sw2 * dg.unsqueeze(1)).sum(0).mT
+        d['w1'] = _sum_images(sw2.mul_(dg.unsqueeze(1))).mT
     if need['w2']:
-        d['w2'] = (sw1 * dg.unsqueeze(1)).sum(0).mT
+        d['w2'] = _sum_images(sw1 * dg.unsqueeze(1)).mT
     if p.b1 is not None and need_gate:
         if need['w1']:
             d['w1'] = d['w1'] + (dg * p.b2).mT @ m
@@ -333,9 +330,9 @@ def _gram_backward(dy, x, p, g, s, sw1, m, needed):
         d['b2'] = (dg * F.linear(m, p.w1, p.b1)).sum(0)
 
     if need['x']:
-        ds = torch.matmul(p.w2.mT * dg.unsqueeze(1), p.w1)
-        dx = _mix(_mixing_matrix(g, p).mT, dy, like=x)
-        d['x'] = _mix((ds + ds.mT) / n, x, onto=dx)
+        ds = torch.matmul(p.w2.mT * (dg / n).unsqueeze(1), p.w1)
+        d['x'] = _mix(mixing.mT, dy, like=x)
+        d['x'] = _mix(ds + ds.mT, x, onto=d['x'])
         if p.b1 is not None:
             column = (dg * p.b2) @ p.w1 + (dg * p.b1) @ p.w2
             d['x'].add_(_per_channel(column / n, x))
@@ -356,7 +353,7 @@ def _mix(
     result is added to that tensor, in place.
     """
     matrix, xf = matrix.to(x.dtype), x.flatten(2)
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if _is_traced():
         # Exporters know no ``out=``; they make views harmless themselves.
         y = torch.matmul(matrix, xf).view(x.shape)
         return y if onto is None else onto + y
@@ -381,9 +378,37 @@ def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty_strided(x.shape, (step, 1, *reversed(strides)))
 
 
+def _sum_images(t: Tensor) -> Tensor:
+    """Sum over the batch, without a copy where it is one image."""
+    return t[0] if len(t) == 1 else t.sum(0)
+
+
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
     """(C,) or (B, C) values as a tensor that adds to every position of x."""
     return v.to(x.dtype).reshape(*v.shape, *(1,) * (x.dim() - 2))
+
+
+def _second_moment(xf: Tensor) -> Tensor:
+    """X X^T of (B, C, N) features, at least in float32: (B, C, C).
+
+    On a CPU only the lower block triangle is multiplied out, in row panels.
+    """
+    c = xf.shape[1]
+    if _is_traced() or xf.device.type != 'cpu' or c < 2 * _MIN_PANEL:
+        return _matmul(xf, xf.mT)
+    xf = xf.float() if xf.dtype in _HALF else xf
+    s = xf.new_empty(len(xf), c, c)
+    step = max(c // 4, _MIN_PANEL)
+    for start in range(0, c, step):
+        stop = min(start + step, c)
+        panel = torch.bmm(xf[:, start:stop], xf[:, :stop].mT)
+        s[:, start:stop, :stop] = panel
+        s[:, :start, start:stop] = panel[..., :start].mT
+    return s
+
+
+def _is_traced() -> bool:
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
