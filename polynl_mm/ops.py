@@ -76,7 +76,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ['FORMS', 'choose_form', 'poly_nl', 'poly_nl_direct', 'poly_nl_gram']
 
@@ -194,8 +193,7 @@ def poly_nl_direct(
 
     with _no_autocast(x):
         u, v = conv(x, p.w1, p.b1), conv(x, p.w2, p.b2)
-        g = (u.to(p.dtype) * v.to(p.dtype)).sum(spatial, keepdim=True)
-        g = g / max(math.prod(x.shape[2:]), 1)
+        g = (u.to(p.dtype) * v.to(p.dtype)).mean(spatial, keepdim=True)
         if x.dtype in _HALF:
             # x * g may exceed float16 where the output does not: project it
             # relative to the largest gate, which cancels out.
@@ -255,7 +253,7 @@ class _Params(NamedTuple):
 def _gram_forward(x: Tensor, p: _Params) -> tuple[Tensor | None, ...]:
     """Y, and what its gradient needs besides: M, g, S, S W1^T and m."""
     xf = x.flatten(2)
-    n = max(xf.shape[-1], 1)
+    n = xf.shape[-1]
     s = _second_moment(xf).div_(n)
     # S is symmetric, hence S W^T = (W S)^T; written in this order the whole
     # batch is one matrix product.
@@ -283,8 +281,14 @@ class _PolyNLGram(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        # Not once_differentiable: it lets a penalty on a gradient pass that
+        # another term of the loss hides, with the second derivative missing.
+        if torch.is_grad_enabled() and not _is_traced():
+            raise RuntimeError(
+                "Poly-NL's gram form has no second derivative "
+                "(create_graph=True); use form='direct'"
+            )
         x, *saved = ctx.saved_tensors
         with _no_autocast(x):
             return _gram_backward(
@@ -298,7 +302,7 @@ def _gram_backward(dy, x, p, mixing, g, s, sw1, m, needed):
     need_gate = any(need[k] for k in ('x', 'w1', 'w2', 'b1', 'b2'))
     d = dict.fromkeys(need)
     xf, dyf = x.flatten(2), dy.flatten(2)
-    n = max(xf.shape[-1], 1)
+    n = xf.shape[-1]
 
     if need_gate or need['w3'] or need['alpha'] or need['beta']:
         dm = _matmul(dyf, xf.mT)
@@ -444,10 +448,10 @@ def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3):
 
 
 def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3):
-    if not 3 <= x.dim() <= 5:
+    if not 3 <= x.dim() <= 5 or 0 in x.shape[1:]:
         raise ValueError(
             'x must have shape (B, C, *spatial) with one to three spatial '
-            f'axes, got {tuple(x.shape)}'
+            f'axes, none of them empty, got {tuple(x.shape)}'
         )
     if x.dtype not in (*_HALF, torch.float32, torch.float64):
         raise ValueError(f'x must be floating point, got {x.dtype}')

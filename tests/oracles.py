@@ -30,7 +30,7 @@ def poly_nl_loop(x, w1, w2, w3, alpha, beta, b1=None, b2=None, b3=None):
                 for position in image
             ]
         )
-    if not images:
+    if x.numel() == 0:
         return x * 1
     y = torch.stack([torch.stack(image) for image in images])
     return y.transpose(1, 2).reshape(x.shape)

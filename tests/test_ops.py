@@ -1,0 +1,453 @@
+"""The operation against a slow truth. beta is never 0: there all agree."""
+
+import math
+
+import pytest
+import torch
+from oracles import poly_nl_loop
+from torch.utils.flop_counter import FlopCounterMode
+
+from polynl_mm import ops
+from polynl_mm.ops import choose_form, poly_nl, poly_nl_direct, poly_nl_gram
+
+FORMS = {'direct': poly_nl_direct, 'gram': poly_nl_gram}
+NAMES = ('x', 'w1', 'w2', 'w3', 'alpha', 'beta', 'b1', 'b2', 'b3')
+
+cuda = pytest.param(
+    'cuda',
+    marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason='needs a GPU'
+    ),
+)
+both_forms = pytest.mark.parametrize('form', FORMS)
+
+
+def make_inputs(shape, bias=False, dtype=torch.float64, device='cpu', seed=0):
+    """x, three weights, alpha, beta and three biases, all with gradients."""
+    gen = torch.Generator().manual_seed(seed)
+    c = shape[1]
+    sizes = [shape, *[(c, c)] * 3, (1,), (1,), *[(c,)] * 3]
+    tensors = [
+        torch.randn(size, generator=gen, dtype=torch.float64) for size in sizes
+    ]
+    for w in tensors[1:4]:
+        w /= math.sqrt(c)
+    tensors[0] += 0.5
+    tensors[4].fill_(0.7)
+    tensors[5].fill_(-1.3)
+    tensors = [t.to(device, dtype).requires_grad_() for t in tensors]
+    return tensors if bias else [*tensors[:6], None, None, None]
+
+
+def gradients(y, inputs, dy):
+    """Of each input by name, zeros where y does not depend on it."""
+    named = {k: t for k, t in zip(NAMES, inputs) if t is not None}
+    grads = torch.autograd.grad(y, list(named.values()), dy, allow_unused=True)
+    return {
+        k: torch.zeros_like(t) if g is None else g
+        for (k, t), g in zip(named.items(), grads)
+    }
+
+
+def assert_near(got, want, tolerance, name=''):
+    """Largest error, relative to the largest value of the truth."""
+    assert got.shape == want.shape, name
+    if want.numel() == 0:
+        return
+    assert torch.isfinite(got).all(), name
+    error = (got.double().cpu() - want.double().cpu()).abs().max()
+    assert error <= tolerance * want.double().abs().max().clamp_min(1e-30), (
+        f'{name}: error {error:.3g}, largest value {want.abs().max():.3g}'
+    )
+
+
+SHAPES = [
+    pytest.param((2, 7, 3), id='N<C'),
+    pytest.param((2, 5, 5), id='N=C'),
+    pytest.param((2, 5, 7, 3), id='N>C'),
+    pytest.param((1, 3, 11), id='B=1'),
+    pytest.param((0, 5, 3, 2), id='B=0'),
+    pytest.param((3, 1, 2), id='C=1'),
+    pytest.param((3, 5, 2, 3, 7), id='3d'),
+]
+
+
+@both_forms
+@pytest.mark.parametrize('bias', [False, True], ids=['no bias', 'bias'])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_values_and_all_gradients(form, shape, bias):
+    inputs = make_inputs(shape, bias)
+    truth = poly_nl_loop(*inputs)
+    dy = torch.randn_like(truth)
+    y = FORMS[form](*inputs)
+    assert_near(y, truth, 1e-13)
+    wants, gots = gradients(truth, inputs, dy), gradients(y, inputs, dy)
+    for name, want in wants.items():
+        assert_near(gots[name], want, 1e-12, name)
+    with torch.no_grad():
+        assert_near(FORMS[form](*inputs), truth, 1e-13, 'no_grad')
+
+
+@both_forms
+@pytest.mark.parametrize('given', [(6,), (7,), (8,), (6, 8)])
+def test_some_biases(form, given):
+    inputs = make_inputs((2, 5, 3, 2), bias=True)
+    inputs = [t if i < 6 or i in given else None for i, t in enumerate(inputs)]
+    truth = poly_nl_loop(*inputs)
+    dy = torch.randn_like(truth)
+    y = FORMS[form](*inputs)
+    assert_near(y, truth, 1e-13)
+    wants, gots = gradients(truth, inputs, dy), gradients(y, inputs, dy)
+    assert gots.keys() == wants.keys()
+    for name, want in wants.items():
+        assert_near(gots[name], want, 1e-12, name)
+
+
+# From here on "direct", which the loops above prove, is the truth where the
+# loops would be slow.
+@pytest.mark.parametrize('c', [256, 300, 515])
+@pytest.mark.parametrize('n', [37, 600])
+def test_panels_of_the_second_moment(c, n):
+    inputs = make_inputs((2, c, n))
+    dy = torch.randn_like(inputs[0])
+    want, got = poly_nl_direct(*inputs), poly_nl_gram(*inputs)
+    assert_near(got, want.detach(), 1e-12)
+    wants, gots = gradients(want, inputs, dy), gradients(got, inputs, dy)
+    for name in wants:
+        assert_near(gots[name], wants[name], 1e-11, name)
+
+
+def strided(kind, x):
+    """The same values in another memory layout."""
+    if kind == 'channels_last':
+        return x.contiguous(memory_format=torch.channels_last)
+    if kind == 'sliced':
+        return torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
+    if kind == 'transposed':
+        return x.mT.contiguous().mT
+    if kind == 'expanded':
+        return x[:, :, :1, :1].expand(x.shape)
+    raise AssertionError(kind)
+
+
+@both_forms
+@pytest.mark.parametrize('grad_layout', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize(
+    'kind', ['channels_last', 'sliced', 'transposed', 'expanded']
+)
+def test_memory_layouts(form, kind, grad_layout):
+    inputs = make_inputs((2, 5, 7, 3), bias=True)
+    x = strided(kind, inputs[0].detach()).requires_grad_()
+    assert not x.is_contiguous()
+    inputs[0] = x
+    truth = poly_nl_loop(*inputs)
+    dy = torch.randn_like(truth)
+    if grad_layout == 'channels_last':
+        dy = dy.contiguous(memory_format=torch.channels_last)
+    y = FORMS[form](*inputs)
+    assert_near(y, truth, 1e-13)
+    wants, gots = gradients(truth, inputs, dy), gradients(y, inputs, dy)
+    for name, want in wants.items():
+        assert_near(gots[name], want, 1e-12, name)
+    if kind == 'channels_last':
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            y = FORMS[form](*inputs)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_tokens_stay_tokens():
+    """(B, N, C) features, seen as (B, C, N), come back as (B, N, C)."""
+    inputs = make_inputs((2, 5, 7))
+    inputs[0] = inputs[0].detach().mT.contiguous().mT
+    y = poly_nl_gram(*inputs)
+    assert y.mT.is_contiguous()
+    assert_near(y, poly_nl_loop(*inputs), 1e-13)
+
+
+@both_forms
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('shape', [(2, 3, 2), (2, 3, 5, 2)])
+def test_gradcheck(form, shape, bias):
+    inputs = [t for t in make_inputs(shape, bias) if t is not None]
+    assert torch.autograd.gradcheck(FORMS[form], inputs)
+
+
+def test_second_derivatives():
+    inputs = make_inputs((2, 3, 5))[:6]
+    assert torch.autograd.gradgradcheck(poly_nl_direct, inputs)
+    y = poly_nl_gram(*inputs)
+    with pytest.raises(RuntimeError, match="second.*use form='direct'"):
+        torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
+
+
+HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@both_forms
+@pytest.mark.parametrize('device', ['cpu', cuda])
+@pytest.mark.parametrize('autocast', [False, True], ids=['plain', 'autocast'])
+@pytest.mark.parametrize('n', [3 * 5, 31 * 17], ids=['N<C', 'N>C'])
+@pytest.mark.parametrize('dtype', HALF_TOLERANCE, ids=str)
+def test_low_precision_beyond_float16(form, dtype, n, autocast, device):
+    """u * v exceeds 65504 while the output and its gradients do not."""
+    c = 24
+    gen = torch.Generator().manual_seed(0)
+    randn = lambda *size: torch.randn(size, generator=gen)  # noqa: E731
+    # A common part makes u and v about 300 everywhere.
+    x = 3 + randn(2, c, n)
+    w1, w2 = (300 / (3 * c) + randn(c, c) for _ in range(2))
+    w3 = randn(c, c) / math.sqrt(c) * 1e-3
+    inputs = [x, w1, w2, w3, torch.tensor([0.5]), torch.tensor([0.01])]
+    dy = randn(2, c, n) / 16
+    stored = torch.float32 if autocast else dtype
+    # What autocast or the host casts to low precision is equal for both.
+    inputs = [t.to(dtype).to(stored).to(device) for t in inputs]
+    inputs = [t.requires_grad_() for t in inputs]
+    exact = [t.detach().double().cpu().requires_grad_() for t in inputs]
+    truth = poly_nl_loop(*exact)
+    u, v = (torch.einsum('oi,bin->bon', w, exact[0]) for w in exact[1:3])
+    assert (u * v).mean(-1).abs().min() > 65504
+    branch = truth - exact[4] * exact[0]
+    assert branch.norm() > truth.norm() / 2
+
+    with torch.autocast(device, dtype=dtype, enabled=autocast):
+        y = FORMS[form](*inputs)
+    assert y.dtype == dtype
+    assert_near(y, truth, HALF_TOLERANCE[dtype])
+    dy = dy.to(dtype)
+    gots = gradients(y, inputs, dy.to(device))
+    for name, want in gradients(truth, exact, dy.double()).items():
+        assert gots[name].dtype == stored
+        assert_near(gots[name], want, 2 * HALF_TOLERANCE[dtype], name)
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=autocast):
+        assert_near(FORMS[form](*inputs), truth, HALF_TOLERANCE[dtype])
+
+
+@both_forms
+def test_backward_does_not_see_autocast(form):
+    """mm calls backward within autocast under gradient checkpointing."""
+    inputs = make_inputs((2, 5, 7, 3), bias=True, dtype=torch.float32)
+    y = FORMS[form](*inputs)
+    dy = torch.randn_like(y)
+    wants = gradients(y, inputs, dy)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = FORMS[form](*[t.double() for t in inputs])
+        assert y.dtype == torch.float64
+    y = FORMS[form](*inputs)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        gots = gradients(y, inputs, dy)
+    if form == 'gram':  # direct is autograd's own
+        for name, want in wants.items():
+            assert torch.equal(gots[name], want), name
+
+
+@both_forms
+@pytest.mark.parametrize('bias', [False, True])
+def test_result_may_be_changed_in_place(form, bias):
+    inputs = make_inputs((2, 5, 7, 3), bias)
+    dy = torch.randn_like(inputs[0])
+    wants = gradients(FORMS[form](*inputs) * 3 + 1, inputs, dy)
+    y = FORMS[form](*inputs)
+    assert not y._is_view()
+    y *= 3
+    y += 1
+    for name, got in gradients(y, inputs, dy).items():
+        assert_near(got, wants[name], 1e-12, name)
+
+    def run(*inputs):
+        return FORMS[form](*inputs)
+
+    y = torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=True)
+    y *= 3
+    y += 1
+    for name, got in gradients_by_backward(y, inputs, dy).items():
+        assert_near(got, wants[name], 1e-12, name)
+    with torch.no_grad():
+        assert not FORMS[form](*inputs)._is_view()
+
+
+def gradients_by_backward(y, inputs, dy):
+    """A reentrant checkpoint only knows ``backward``."""
+    y.backward(dy)
+    return {k: t.grad for k, t in zip(NAMES, inputs) if t is not None}
+
+
+def count_flops(f, *args):
+    with FlopCounterMode(display=False) as counter:
+        out = f(*args)
+    return counter.get_total_flops(), out
+
+
+def test_which_form_ran():
+    """By the multiply-adds of each form, and by its node in the graph."""
+    c, n = 16, 128
+    inputs = make_inputs((1, c, n))
+    with torch.no_grad():
+        direct = count_flops(poly_nl_direct, *inputs)[0] / 2
+        gram = count_flops(poly_nl_gram, *inputs)[0] / 2
+        assert direct == 3 * n * c**2
+        assert gram == 2 * n * c**2 + c**3
+        flops = {
+            form: count_flops(lambda f=form: poly_nl(*inputs, form=f))[0] / 2
+            for form in ops.FORMS
+        }
+    assert flops == {'direct': direct, 'gram': gram, 'auto': gram}
+    node = type(poly_nl(*inputs, form='gram').grad_fn).__name__
+    assert node == '_PolyNLGramBackward'
+    assert 'PolyNL' not in type(poly_nl_direct(*inputs).grad_fn).__name__
+
+
+def test_auto_follows_the_chooser(monkeypatch):
+    inputs = make_inputs((2, 5, 7, 3), dtype=torch.float32)
+    asked = []
+
+    def choose(**kwargs):
+        asked.append(kwargs)
+        return 'direct' if kwargs['backward'] else 'gram'
+
+    monkeypatch.setattr(ops, 'choose_form', choose)
+    y = poly_nl(*inputs)
+    assert 'PolyNL' not in type(y.grad_fn).__name__
+    with torch.no_grad():
+        flops = count_flops(poly_nl, *inputs)[0] / 2
+    assert flops == 2 * (2 * 21 * 5**2 + 5**3)
+    common = dict(n=21, c=5, itemsize=4)
+    assert asked == [dict(common, backward=b) for b in (True, False)]
+
+
+@pytest.mark.parametrize('backward', [False, True])
+@pytest.mark.parametrize('c', [64, 256, 512, 1024, 2048])
+def test_chooser(c, backward):
+    assert choose_form(16 * c, c, backward) == 'gram'
+    assert choose_form(max(c // 64, 1), c, backward) == 'direct'
+    forms = [choose_form(n, c, backward) for n in range(1, 4 * c, c // 16)]
+    # One crossing: more positions never bring direct back.
+    assert forms == sorted(forms)
+
+
+@pytest.mark.parametrize(
+    'wanted',
+    [('x',), ('w1',), ('w2',), ('w3',), ('alpha',), ('beta',)]
+    + [('b1',), ('b2',), ('b3',), ('x', 'b3'), ('w1', 'w2', 'w3')],
+    ids='+'.join,
+)
+def test_frozen_inputs(wanted):
+    """Gradients of some, equal to those of all; none of the others."""
+    inputs = make_inputs((2, 8, 100), bias=True)
+    dy = torch.randn_like(inputs[0])
+    wants = gradients(poly_nl_gram(*inputs), inputs, dy)
+    frozen = [
+        t.detach().requires_grad_(k in wanted) for k, t in zip(NAMES, inputs)
+    ]
+    y = poly_nl_gram(*frozen)
+    y.backward(dy)
+    for name, t in zip(NAMES, frozen):
+        if name in wanted:
+            assert_near(t.grad, wants[name], 1e-12, name)
+        else:
+            assert t.grad is None
+
+
+def test_frozen_inputs_cost_nothing():
+    c, n = 8, 100
+
+    def backward_macs(wanted):
+        inputs = [
+            t.detach().requires_grad_(k in wanted)
+            for k, t in zip(NAMES[:6], make_inputs((1, c, n)))
+        ]
+        y = poly_nl_gram(*inputs)
+        return count_flops(y.backward, torch.ones_like(y))[0] / 2
+
+    product = n * c**2
+    assert backward_macs(NAMES) == 3 * product + 2 * c**3
+    assert backward_macs(('x',)) == 3 * product + c**3
+    assert backward_macs(('w1',)) == product + c**3
+    assert backward_macs(('w2',)) == product
+    assert backward_macs(('w3', 'alpha', 'beta')) == product
+
+
+def saved_tensors(f, inputs):
+    """What autograd keeps for backward, leaving out the parameters."""
+    saved = []
+    pointers = {t.data_ptr() for t in inputs[1:] if t is not None}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t) or t, lambda t: t
+    ):
+        y = f(*inputs)
+    assert y.requires_grad
+    unique = {t.data_ptr(): t for t in saved if t.data_ptr() not in pointers}
+    return list(unique.values())
+
+
+def test_only_x_is_kept_for_backward():
+    inputs = make_inputs((2, 8, 31, 17), dtype=torch.float32)
+    x = inputs[0]
+    size = x.numel() * x.element_size()
+    kept = saved_tensors(poly_nl_gram, inputs)
+    large = [t for t in kept if t.numel() * t.element_size() >= size / 2]
+    assert [t.data_ptr() for t in large] == [x.data_ptr()]
+    assert sum(t.numel() * t.element_size() for t in large) <= 1.1 * size
+    # The direct form shows that the measure sees what is kept.
+    direct = saved_tensors(poly_nl_direct, inputs)
+    assert len([t for t in direct if t.numel() >= x.numel() / 2]) >= 4
+
+
+@both_forms
+def test_traced_at_one_size_runs_at_another(form):
+    inputs = [t.detach() for t in make_inputs((2, 5, 7, 3), bias=True)]
+    other = make_inputs((1, 5, 4, 6), seed=1)[0].detach()
+    function = FORMS[form]
+    traced = torch.jit.trace(
+        lambda x: function(x, *inputs[1:]), inputs[0], check_trace=False
+    )
+    want = poly_nl_loop(other, *inputs[1:])
+    assert_near(traced(other), want, 1e-13)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, inputs, form):
+        super().__init__()
+        self.form = form
+        self.params = torch.nn.ParameterList(inputs[1:6])
+
+    def forward(self, x):
+        return poly_nl(x, *self.params, form=self.form)
+
+
+@both_forms
+def test_exported_with_dynamic_size(form):
+    inputs = make_inputs((2, 5, 7, 3))
+    other = make_inputs((3, 5, 4, 6), seed=1)[0].detach()
+    model = Wrapped(inputs, form).eval()
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(
+        model,
+        (inputs[0].detach(),),
+        dynamic_shapes=[{0: auto, 2: auto, 3: auto}],
+    )
+    want = poly_nl_loop(other, *inputs[1:])
+    assert_near(program.module()(other), want, 1e-13)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(x=torch.ones(2, 5)), r'\(B, C, \*spatial\).*\(2, 5\)'),
+        (dict(x=torch.ones(2, 5, 1, 1, 1, 1)), 'one to three spatial'),
+        (dict(x=torch.ones(2, 5, 0)), r'none of them empty.*\(2, 5, 0\)'),
+        (dict(x=torch.ones(2, 5, 3).long()), 'floating point.*int64'),
+        (dict(x=torch.ones(2, 7, 3).double()), r'w1 .*\(7, 7\).*\(5, 5\)'),
+        (dict(w3=torch.ones(5, 4).double()), r'w3 .*\(5, 5\).*\(5, 4\)'),
+        (dict(b2=torch.ones(4).double()), r'b2 .*\(5,\).*\(4,\)'),
+        (dict(beta=torch.ones(5).double()), r'beta .*one element.*\(5,\)'),
+        (dict(w2=torch.ones(5, 5)), 'w2 has dtype torch.float32 .*float64'),
+        (dict(form='fast'), "form must be one of .*'fast'"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else '',
+)
+def test_bad_input_is_named(change, message):
+    inputs = dict(zip(NAMES, make_inputs((2, 5, 3), bias=True)))
+    with pytest.raises(ValueError, match=message):
+        poly_nl(**{**inputs, **change})
