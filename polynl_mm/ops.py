@@ -84,6 +84,8 @@ FORMS = ('auto', 'direct', 'gram')
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MIN_PANEL = 128
 _HALF = (torch.float16, torch.bfloat16)
+# torch >= 2.3 tells
+_is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
 _BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, 'dtype')  # torch >= 2.8
 
 # Multiply-adds that take as long as one byte of an N x C temporary written
@@ -412,7 +414,7 @@ def _second_moment(xf: Tensor) -> Tensor:
 
 
 def _is_traced() -> bool:
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return torch.jit.is_tracing() or _is_compiling()
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

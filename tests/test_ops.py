@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from oracles import poly_nl_loop
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from polynl_mm import ops
@@ -181,6 +182,7 @@ def test_second_derivatives():
         torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
 
 
+OLD_TORCH = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 5)
 HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -191,6 +193,8 @@ HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 @pytest.mark.parametrize('dtype', HALF_TOLERANCE, ids=str)
 def test_low_precision_beyond_float16(form, dtype, n, autocast, device):
     """u * v exceeds 65504 while the output and its gradients do not."""
+    if device == 'cpu' and OLD_TORCH and dtype == torch.float16:
+        pytest.skip('this torch has no float16 on a CPU')
     c = 24
     gen = torch.Generator().manual_seed(0)
     randn = lambda *size: torch.randn(size, generator=gen)  # noqa: E731
@@ -258,7 +262,7 @@ def test_result_may_be_changed_in_place(form, bias):
     def run(*inputs):
         return FORMS[form](*inputs)
 
-    y = torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=True)
+    y = checkpoint(run, *inputs, use_reentrant=True)
     y *= 3
     y += 1
     for name, got in gradients_by_backward(y, inputs, dy).items():
@@ -417,6 +421,7 @@ class Wrapped(torch.nn.Module):
 
 
 @both_forms
+@pytest.mark.skipif(OLD_TORCH, reason='torch.export came of age in 2.5')
 def test_exported_with_dynamic_size(form):
     inputs = make_inputs((2, 5, 7, 3))
     other = make_inputs((3, 5, 4, 6), seed=1)[0].detach()
