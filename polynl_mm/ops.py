@@ -136,16 +136,31 @@ def poly_nl(
     """
     if form not in FORMS:
         raise ValueError(f'form must be one of {FORMS}, got {form!r}')
-    args = (x, w1, w2, w3, alpha, beta, b1, b2, b3)
+    x, p = _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *p)
+    )
     if form == 'auto':
-        _check(*args)
-        form = choose_form(
-            n=math.prod(x.shape[2:]),
-            c=x.shape[1],
-            backward=_wants_grad(args),
-            itemsize=x.element_size(),
-        )
-    return poly_nl_gram(*args) if form == 'gram' else poly_nl_direct(*args)
+        n, c = math.prod(x.shape[2:]), x.shape[1]
+        form = choose_form(n, c, needs_grad, x.element_size())
+    with _no_autocast(x):
+        if form == 'direct':
+            return _direct(x, p)
+        return _PolyNLGram.apply(x, *p) if needs_grad else _gram(x, p)[0]
+
+
+def poly_nl_direct(x, w1, w2, w3, alpha, beta, b1=None, b2=None, b3=None):
+    """:func:`poly_nl` as the paper writes it."""
+    return poly_nl(x, w1, w2, w3, alpha, beta, b1, b2, b3, form='direct')
+
+
+def poly_nl_gram(x, w1, w2, w3, alpha, beta, b1=None, b2=None, b3=None):
+    """:func:`poly_nl` from the second moment.
+
+    Where no gradient is wanted, it runs as ordinary tensor operations, so
+    tracers, exporters and counters see matrix products.
+    """
+    return poly_nl(x, w1, w2, w3, alpha, beta, b1, b2, b3, form='gram')
 
 
 def choose_form(n: int, c: int, backward: bool, itemsize: int = 4) -> str:
@@ -153,8 +168,8 @@ def choose_form(n: int, c: int, backward: bool, itemsize: int = 4) -> str:
 
     Counts the multiply-adds of each form, and the bytes of the N x C
     temporaries that only the direct form makes, at one measured rate of
-    exchange (``python tools/benchmark_layer.py``, table in
-    ``docs``/README). The batch size cancels out.
+    exchange, set by ``python tools/benchmark_layer.py`` (table in the
+    README). The batch size cancels out.
 
     Args:
         n (int): Positions per image. c (int): Channels.
@@ -165,71 +180,11 @@ def choose_form(n: int, c: int, backward: bool, itemsize: int = 4) -> str:
         str: ``'direct'`` or ``'gram'``.
     """
     if backward:
-        direct, gram, temporaries = 9 * n * c**2, 5 * n * c**2 + 4 * c**3, 18
+        direct, gram, temporaries = 9 * n * c**2, 5 * n * c**2 + 3 * c**3, 18
     else:
         direct, gram, temporaries = 3 * n * c**2, 2 * n * c**2 + c**3, 7
     direct += _MACS_PER_BYTE * temporaries * n * c * itemsize
     return 'gram' if gram <= direct else 'direct'
-
-
-def poly_nl_direct(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-    alpha: Tensor | float,
-    beta: Tensor | float,
-    b1: Tensor | None = None,
-    b2: Tensor | None = None,
-    b3: Tensor | None = None,
-) -> Tensor:
-    """Poly-NL as the paper writes it. Arguments as :func:`poly_nl`."""
-    x, p = _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3)
-    spatial = tuple(range(2, x.dim()))
-    ones = (1,) * len(spatial)
-
-    def conv(z, w, b=None):
-        b = None if b is None else b.to(z.dtype)
-        w = w.to(z.dtype).reshape(w.shape + ones)
-        return _CONVS[len(spatial)](z, w, b)
-
-    with _no_autocast(x):
-        u, v = conv(x, p.w1, p.b1), conv(x, p.w2, p.b2)
-        g = (u.to(p.dtype) * v.to(p.dtype)).mean(spatial, keepdim=True)
-        if x.dtype in _HALF:
-            # x * g may exceed float16 where the output does not: project it
-            # relative to the largest gate, which cancels out.
-            scale = g.detach().abs().amax(1, keepdim=True)
-            scale = scale.clamp_min(torch.finfo(p.dtype).tiny)
-            branch = conv((x * (g / scale)).to(x.dtype), p.w3) * scale
-            if p.b3 is not None:
-                branch = branch + p.b3.reshape(-1, *ones)
-        else:
-            branch = conv(x * g, p.w3, p.b3)
-        return (p.alpha * x + p.beta * branch).to(x.dtype)
-
-
-def poly_nl_gram(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-    alpha: Tensor | float,
-    beta: Tensor | float,
-    b1: Tensor | None = None,
-    b2: Tensor | None = None,
-    b3: Tensor | None = None,
-) -> Tensor:
-    """Poly-NL from second moments. Arguments as :func:`poly_nl`.
-
-    Where no gradient is wanted, it runs as ordinary tensor operations, so
-    tracers, exporters and counters see matrix products.
-    """
-    x, p = _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3)
-    with _no_autocast(x):
-        if _wants_grad((x, *p)):
-            return _PolyNLGram.apply(x, *p)
-        return _gram_forward(x, p)[0]
 
 
 class _Params(NamedTuple):
@@ -252,7 +207,31 @@ class _Params(NamedTuple):
         return self.w1.dtype
 
 
-def _gram_forward(x: Tensor, p: _Params) -> tuple[Tensor | None, ...]:
+def _direct(x: Tensor, p: _Params) -> Tensor:
+    spatial = tuple(range(2, x.dim()))
+    ones = (1,) * len(spatial)
+
+    def conv(z, w, b=None):
+        b = None if b is None else b.to(z.dtype)
+        w = w.to(z.dtype).reshape(w.shape + ones)
+        return _CONVS[len(spatial)](z, w, b)
+
+    u, v = conv(x, p.w1, p.b1), conv(x, p.w2, p.b2)
+    g = (u.to(p.dtype) * v.to(p.dtype)).mean(spatial, keepdim=True)
+    if x.dtype in _HALF:
+        # x * g may exceed float16 where the output does not: project it
+        # relative to the largest gate, which cancels out.
+        scale = g.detach().abs().amax(1, keepdim=True)
+        scale = scale.clamp_min(torch.finfo(p.dtype).tiny)
+        branch = conv((x * (g / scale)).to(x.dtype), p.w3) * scale
+        if p.b3 is not None:
+            branch = branch + p.b3.reshape(-1, *ones)
+    else:
+        branch = conv(x * g, p.w3, p.b3)
+    return (p.alpha * x + p.beta * branch).to(x.dtype)
+
+
+def _gram(x: Tensor, p: _Params) -> tuple[Tensor | None, ...]:
     """Y, and what its gradient needs besides: M, g, S, S W1^T and m."""
     xf = x.flatten(2)
     n = xf.shape[-1]
@@ -278,7 +257,7 @@ class _PolyNLGram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *params):
-        y, *moments = _gram_forward(x, _Params(*params))
+        y, *moments = _gram(x, _Params(*params))
         ctx.save_for_backward(x, *params, *moments)
         return y
 
@@ -478,12 +457,6 @@ def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3):
             raise ValueError(
                 f'{name} must have one element, got shape {tuple(t.shape)}'
             )
-
-
-def _wants_grad(tensors) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in tensors
-    )
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -306,9 +306,9 @@ def test_auto_follows_the_chooser(monkeypatch):
     inputs = make_inputs((2, 5, 7, 3), dtype=torch.float32)
     asked = []
 
-    def choose(**kwargs):
-        asked.append(kwargs)
-        return 'direct' if kwargs['backward'] else 'gram'
+    def choose(n, c, backward, itemsize):
+        asked.append((n, c, backward, itemsize))
+        return 'direct' if backward else 'gram'
 
     monkeypatch.setattr(ops, 'choose_form', choose)
     y = poly_nl(*inputs)
@@ -316,8 +316,9 @@ def test_auto_follows_the_chooser(monkeypatch):
     with torch.no_grad():
         flops = count_flops(poly_nl, *inputs)[0] / 2
     assert flops == 2 * (2 * 21 * 5**2 + 5**3)
-    common = dict(n=21, c=5, itemsize=4)
-    assert asked == [dict(common, backward=b) for b in (True, False)]
+    with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
+        poly_nl(*inputs)
+    assert asked == [(21, 5, True, 4), (21, 5, False, 4), (21, 5, False, 2)]
 
 
 @pytest.mark.parametrize('backward', [False, True])

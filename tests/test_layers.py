@@ -1,0 +1,179 @@
+"""The layers: parameters, initial values, errors. Hosts: test_hosts.py."""
+
+import warnings
+
+import pytest
+import torch
+from mmcv.cnn import build_plugin_layer
+from mmengine.model import kaiming_init
+from oracles import poly_nl_loop
+from test_ops import assert_near, count_flops
+from torch import nn
+
+from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
+from polynl_mm.ops import FORMS
+
+LAYERS = {1: PolyNL1d, 2: PolyNL2d, 3: PolyNL3d}
+SPATIAL = {1: (11,), 2: (7, 3), 3: (3, 2, 5)}
+KEYS = ['alpha', 'beta', 'w1.weight', 'w2.weight', 'w3.weight']
+
+each_layer = pytest.mark.parametrize('dims', LAYERS)
+
+
+def oracle(layer, x):
+    """The layer's parameters through the float64 loop."""
+    p = {k: v.detach().double() for k, v in layer.state_dict().items()}
+    weights = [p[f'w{i}.weight'].flatten(1) for i in (1, 2, 3)]
+    biases = [p.get(f'w{i}.bias') for i in (1, 2, 3)]
+    return poly_nl_loop(x.double(), *weights, p['alpha'], p['beta'], *biases)
+
+
+@each_layer
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('form', FORMS)
+def test_layer_is_the_operation(dims, bias, form):
+    layer = LAYERS[dims](
+        5, alpha_init=0.7, beta_init=-1.3, bias=bias, form=form
+    )
+    biases = ['w1.bias', 'w2.bias', 'w3.bias'] if bias else []
+    assert sorted(layer.state_dict()) == sorted(KEYS + biases)
+    if bias:
+        for conv in (layer.w1, layer.w2, layer.w3):
+            nn.init.normal_(conv.bias)
+    x = torch.randn(2, 5, *SPATIAL[dims])
+    y = layer(x)
+    assert_near(y, oracle(layer, x), 1e-5)
+    y.square().sum().backward()
+    for name, p in layer.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_checkpoint_fits_every_form():
+    layers = [PolyNL2d(5, beta_init=0.5, form=form) for form in FORMS]
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, 5, 7, 3)
+    for layer in layers[1:]:
+        assert_near(layer(x), layers[0](x).detach(), 1e-5)
+
+
+def test_the_form_asked_for_runs():
+    c, n = 8, 64
+    x = torch.randn(1, c, 8, 8)
+    with torch.no_grad():
+        macs = {
+            form: count_flops(PolyNL2d(c, form=form), x)[0] // 2
+            for form in ('direct', 'gram')
+        }
+    assert macs == dict(direct=3 * n * c**2, gram=2 * n * c**2 + c**3)
+
+
+@pytest.mark.parametrize(
+    'start',
+    [dict(), dict(beta_init=1.0, zero_init_w3=True)],
+    ids=['beta=0', 'w3=0'],
+)
+def test_identity_at_start_which_can_learn(start):
+    layer = PolyNL2d(5, **start)
+    x = torch.randn(2, 5, 7, 3)
+    assert torch.equal(layer(x), x)
+    # A host without a checkpoint initialises every convolution, then calls
+    # init_weights of the children that have one.
+    for conv in (layer.w1, layer.w2, layer.w3):
+        kaiming_init(conv)
+    layer.init_weights()
+    assert torch.equal(layer(x), x)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (layer(x) - x.roll(1, 0)).square().mean().backward()
+        optimizer.step()
+    moved = [n for n, p in layer.named_parameters() if p.grad.abs().max() > 0]
+    assert sorted(moved) == KEYS
+    assert not torch.equal(layer(x), x)
+
+
+def test_initial_values_by_argument():
+    layer = PolyNL2d(256, alpha_init=0.5, beta_init=0.25)
+    assert layer.alpha.shape == layer.beta.shape == (1,)
+    assert layer.alpha.item() == 0.5 and layer.beta.item() == 0.25
+    for conv in (layer.w1, layer.w2, layer.w3):
+        # Keeps the variance of a vector: 1 / C.
+        assert conv.weight.var().item() == pytest.approx(1 / 256, rel=0.05)
+
+
+@pytest.mark.parametrize('form', ['direct', 'gram'])
+def test_norm_of_the_branch(form):
+    layer = PolyNL2d(
+        6,
+        alpha_init=0.7,
+        beta_init=-1.3,
+        norm_cfg=dict(type='GN', num_groups=2),
+        form=form,
+    )
+    assert sorted(layer.state_dict()) == sorted(
+        [*KEYS, 'norm.weight', 'norm.bias']
+    )
+    nn.init.normal_(layer.norm.weight)
+    nn.init.normal_(layer.norm.bias)
+    x = torch.randn(2, 6, 7, 3)
+    plain = PolyNL2d(6, alpha_init=0.0, beta_init=1.0)
+    plain.load_state_dict(
+        {
+            **{k: v for k, v in layer.state_dict().items() if k[0] == 'w'},
+            'alpha': torch.zeros(1),
+            'beta': torch.ones(1),
+        }
+    )
+    branch = oracle(plain, x)
+    norm = layer.norm.double()
+    want = 0.7 * x.double() - 1.3 * norm(branch)
+    norm.float()
+    assert_near(layer(x), want.detach(), 1e-5)
+
+
+def test_batch_norm_warns_and_layer_norm_is_refused():
+    with pytest.warns(UserWarning, match='norm_eval=True'):
+        PolyNL2d(6, norm_cfg=dict(type='BN'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        PolyNL2d(6, norm_cfg=dict(type='GN', num_groups=2))
+    with pytest.raises(ValueError, match="'LN'.*last axis.*GN"):
+        PolyNL2d(6, norm_cfg=dict(type='LN'))
+
+
+def test_plugin_contract():
+    name, layer = build_plugin_layer(
+        dict(type='polynl_mm.PolyNL2d', beta_init=0.5),
+        in_channels=5,
+        postfix='_1',
+    )
+    assert name == 'poly_nl_1'
+    assert isinstance(layer, PolyNL2d) and layer.beta.item() == 0.5
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(in_channels=0), 'in_channels .*positive int, got 0'),
+        (dict(in_channels=2.5), 'in_channels .*positive int, got 2.5'),
+        (dict(in_channels=5, form='fast'), "form must be .*'fast'"),
+        (
+            dict(in_channels=5, zero_init_w3=True),
+            'beta_init=0 with zero_init_w3=True can never learn',
+        ),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PolyNL2d(**arguments)
+
+
+@each_layer
+def test_bad_input_is_named(dims):
+    layer = LAYERS[dims](5)
+    name = type(layer).__name__
+    with pytest.raises(ValueError, match=rf'{name} .*in_channels=5.*\(2, 6,'):
+        layer(torch.randn(2, 6, *SPATIAL[dims]))
+    with pytest.raises(ValueError, match=rf'{dims} spatial axes.*\(2, 5\)'):
+        layer(torch.randn(2, 5))
