@@ -14,6 +14,9 @@ from polynl_mm.ops import choose_form, poly_nl, poly_nl_direct, poly_nl_gram
 FORMS = {'direct': poly_nl_direct, 'gram': poly_nl_gram}
 NAMES = ('x', 'w1', 'w2', 'w3', 'alpha', 'beta', 'b1', 'b2', 'b3')
 
+OLD_TORCH = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 5)
+HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
 cuda = pytest.param(
     'cuda',
     marks=pytest.mark.skipif(
@@ -118,6 +121,21 @@ def test_panels_of_the_second_moment(c, n):
         assert_near(gots[name], wants[name], 1e-11, name)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_panels_in_low_precision(dtype):
+    """X X^T alone exceeds float16 here."""
+    if OLD_TORCH and dtype == torch.float16:
+        pytest.skip('this torch has no float16 on a CPU')
+    c, n = 256, 64
+    inputs = [t for t in make_inputs((1, c, n)) if t is not None]
+    scales = (100, 0.2, 0.2, 0.2, 1, 1)
+    inputs = [(t * k).detach().to(dtype) for t, k in zip(inputs, scales)]
+    exact = poly_nl_direct(*[t.double() for t in inputs])
+    assert (exact - inputs[4].double() * inputs[0]).norm() > exact.norm() / 2
+    assert inputs[0].double().square().sum(-1).min() > 65504
+    assert_near(poly_nl_gram(*inputs), exact, HALF_TOLERANCE[dtype])
+
+
 def strided(kind, x):
     """The same values in another memory layout."""
     if kind == 'channels_last':
@@ -180,10 +198,6 @@ def test_second_derivatives():
     y = poly_nl_gram(*inputs)
     with pytest.raises(RuntimeError, match="second.*use form='direct'"):
         torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
-
-
-OLD_TORCH = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 5)
-HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @both_forms
