@@ -1,0 +1,196 @@
+"""What the safe loader reads, and what it still refuses."""
+
+import io
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip('torch')
+HistoryBuffer = pytest.importorskip('mmengine.logging').HistoryBuffer
+
+from mmengine.utils import digit_version  # noqa: E402
+
+import polynl_mm.engine.checkpoint  # noqa: E402, F401
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version('2.6.0'),
+    reason='torch.load is not restricted before 2.6',
+)
+
+
+def save(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def load(data):
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def repickle(data, old, new):
+    """Exchange bytes in the pickle inside a checkpoint."""
+    result = io.BytesIO()
+    source = zipfile.ZipFile(io.BytesIO(data))
+    with zipfile.ZipFile(result, 'w') as target:
+        for info in source.infolist():
+            content = source.read(info)
+            if info.filename.endswith('/data.pkl'):
+                assert old in content
+                content = content.replace(old, new)
+            target.writestr(info, content)
+    return result.getvalue()
+
+
+PLAIN = {
+    'matrix': np.arange(6.0).reshape(2, 3),
+    'fortran': np.asfortranarray(np.arange(6).reshape(2, 3)),
+    'big endian': np.arange(5, dtype='>f4'),
+    'bool': np.array([True, False]),
+    'half': np.arange(3, dtype=np.float16),
+    'complex': np.array([1j]),
+    'text': np.array(['a', 'héé']),
+    'bytes': np.array([b'a', b'bcd']),
+    'empty': np.zeros((0, 3)),
+    'no axis': np.array(3.5),
+    'scalar': np.float64(3.5),
+    'int scalar': np.int64(-4),
+    'bool scalar': np.bool_(True),
+    'text scalar': np.str_('héé'),
+}
+
+
+@pytest.mark.parametrize('name', PLAIN)
+def test_plain_values_come_back(name):
+    value = PLAIN[name]
+    expected = pickle.loads(pickle.dumps(value))
+    loaded = load(save(value))
+    np.testing.assert_array_equal(loaded, expected, strict=True)
+    assert np.shape(loaded) == np.shape(expected)
+
+
+def test_arrays_are_saved_again_as_numpy_arrays():
+    data = save(load(save(PLAIN)))
+    assert b'polynl_mm' not in data
+    assert b'PlainArray' not in data
+    array = load(save(PLAIN['matrix']))
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(array, protocol))
+        assert type(again) is np.ndarray
+        np.testing.assert_array_equal(again, array)
+
+
+def test_log_history_comes_back_and_goes_on():
+    loaded = load(save(HistoryBuffer([1, 2], [1, 1])))
+    assert type(loaded) is HistoryBuffer
+    loaded.update(6)
+    assert loaded.statistics('mean') == 3
+    assert loaded.statistics('max') == 6
+    assert loaded.statistics('min') == 1
+    assert loaded.statistics('current') == 6
+
+
+@pytest.mark.parametrize('other', ['core', '_core'])
+def test_names_of_both_numpy_versions(other):
+    mine = '_core' if hasattr(np, '_core') else 'core'
+    value = [PLAIN['matrix'], PLAIN['scalar']]
+    data = save(value)
+    if other != mine:
+        data = repickle(
+            data, f'numpy.{mine}.'.encode(), f'numpy.{other}.'.encode()
+        )
+    array, scalar = load(data)
+    np.testing.assert_array_equal(array, value[0], strict=True)
+    assert scalar == value[1]
+
+
+class Call:
+    """Pickles as a call of ``function(*args)``, then a state."""
+
+    def __init__(self, function, *args, state=None):
+        self.result = (function, args, state)
+
+    def __reduce__(self):
+        return self.result
+
+
+def dtype_of(code, state):
+    return Call(np.dtype, code, False, True, state=state)
+
+
+CRAFTED = {
+    'globals of a method': lambda: Call(
+        getattr, Call(getattr, HistoryBuffer, 'mean'), '__globals__'
+    ),
+    'init of the buffer': lambda: Call(getattr, HistoryBuffer, '__init__'),
+    'register_statistics': lambda: Call(
+        getattr, HistoryBuffer, 'register_statistics'
+    ),
+    'getattr of an array': lambda: Call(getattr, np.zeros(1), 'tofile'),
+    'system': lambda: Call(__import__('os').system, 'echo crafted'),
+    'eval': lambda: Call(eval, '1'),
+    'bytes as object pointers': lambda: Call(
+        np.ndarray, (1,), 'O', bytes(range(1, 9))
+    ),
+    'object dtype': lambda: Call(np.dtype, 'O', False, True),
+    'object array': lambda: np.array([None, {}], dtype=object),
+    'structured dtype': lambda: np.zeros(1, 'i4,f4'),
+    'object flag on numbers': lambda: dtype_of(
+        'f8', (3, '<', None, None, None, -1, -1, 63)
+    ),
+    'field outside of the item': lambda: dtype_of(
+        'i8', (3, '<', None, ('a',), {'a': (np.dtype('f8'), 800)}, -1, -1, 0)
+    ),
+    'text of another size': lambda: dtype_of(
+        'S1', (3, '|', None, None, None, 9999, 1, 0)
+    ),
+    'many bytes': lambda: Call(bytes, 10),
+}
+
+
+@pytest.mark.parametrize('name', CRAFTED)
+def test_crafted_files_are_refused(name, capfd):
+    data = save({'state_dict': {}, 'message_hub': CRAFTED[name]()})
+    with pytest.raises(Exception) as caught:
+        load(data)
+    assert isinstance(
+        caught.value,
+        (ValueError, TypeError, AttributeError, pickle.UnpicklingError),
+    )
+    assert 'crafted' not in capfd.readouterr().out
+
+
+def test_getattr_refusal_is_clear():
+    data = save(CRAFTED['globals of a method']())
+    with pytest.raises(ValueError, match=r'only min, max, mean, current of H'):
+        load(data)
+
+
+def test_looking_up_a_type_of_ours_is_enough(tmp_path):
+    """In a fresh process, as under the unmodified tools of a host."""
+    file = tmp_path / 'history.pth'
+    torch.save({'log': HistoryBuffer([1.0], [1])}, file)
+
+    def fresh(imports):
+        return subprocess.run(
+            [sys.executable, '-c']
+            + [f'{imports}; print(torch.load({str(file)!r}))'],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
+    without = fresh('import torch, mmengine')
+    assert without.returncode != 0
+    assert 'HistoryBuffer' in without.stderr
+    looked_up = fresh(
+        'import torch, mmengine; mmengine.MODELS.get("polynl_mm.PolyNL2d")'
+    )
+    assert looked_up.returncode == 0, looked_up.stderr

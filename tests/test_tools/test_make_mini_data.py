@@ -1,0 +1,422 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from scipy.io import loadmat
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'make_mini_data.py'
+SIZES = dict(train=20, val=18)
+ARGS = ['--seed', '3', '--train', '20', '--val', '18']
+SETTINGS = ('easy', 'medium', 'hard')
+ATTRIBUTES = (
+    'blur',
+    'expression',
+    'illumination',
+    'invalid',
+    'occlusion',
+    'pose',
+)
+
+
+@pytest.fixture(scope='session')
+def tool():
+    spec = importlib.util.spec_from_file_location('make_mini_data', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['make_mini_data'] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='session')
+def wider(tool, tmp_path_factory):
+    out = tmp_path_factory.mktemp('made') / 'wider'
+    tool.main(['wider_face', '--out', str(out), *ARGS])
+    return out
+
+
+def contents(folder):
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob('*'))
+        if file.is_file()
+    }
+
+
+def parse(root, split):
+    """Read the text annotation as strictly as it is written."""
+    file = root / 'wider_face_split' / f'wider_face_{split}_bbx_gt.txt'
+    lines = file.read_text().split('\n')
+    assert lines.pop() == ''
+    images = {}
+    while lines:
+        name, count = lines.pop(0), int(lines.pop(0))
+        rows = [lines.pop(0) for _ in range(max(count, 1))]
+        assert all(row.endswith(' ') for row in rows)
+        rows = [[int(word) for word in row[:-1].split(' ')] for row in rows]
+        assert all(len(row) == 10 for row in rows)
+        if count == 0:
+            assert rows == [[0] * 10]
+        images[name] = rows[:count]
+    return images
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, args)],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_same_seed_same_bytes_in_another_process(wider, tmp_path):
+    done = run('wider_face', '--out', tmp_path / 'again', *ARGS)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / 'again') == contents(wider)
+
+
+def test_other_seed_other_pictures_and_more_pictures_change_none(
+    wider, tool, tmp_path
+):
+    names = ['WIDER_train/images/' + name for name in parse(wider, 'train')]
+    tool.wider_face(tmp_path / 'more', 3, dict(train=24, val=2))
+    for name in names:
+        same = (tmp_path / 'more' / name).read_bytes()
+        assert same == (wider / name).read_bytes()
+    tool.wider_face(tmp_path / 'other', 4, SIZES)
+    # Not only the patches: photographs and all.
+    assert set(parse(tmp_path / 'other', 'train')) != set(
+        parse(wider, 'train')
+    )
+    other = contents(tmp_path / 'other')
+    assert all(other.get(n) != (wider / n).read_bytes() for n in names)
+
+
+def test_files_are_those_of_the_official_release(wider):
+    files = set(contents(wider))
+    expected = {
+        'mini_data.json',
+        'wider_face_split/wider_face_train_bbx_gt.txt',
+        'wider_face_split/wider_face_val_bbx_gt.txt',
+        'ground_truth/wider_face_val.mat',
+        *(f'ground_truth/wider_{s}_val.mat' for s in SETTINGS),
+    }
+    for split in SIZES:
+        expected |= {
+            f'WIDER_{split}/images/{name}' for name in parse(wider, split)
+        }
+    assert files == expected
+
+
+@pytest.mark.parametrize('split', SIZES)
+def test_text_annotation(wider, split):
+    images = parse(wider, split)
+    assert len(images) == SIZES[split]
+    faceless = [name for name, faces in images.items() if not faces]
+    assert 1 <= len(faceless) < 4
+    for name, faces in images.items():
+        event, file = name.split('/')
+        number, title = event.split('--')
+        assert file.startswith(f'{number}_{title}_') and ' ' not in file
+        picture = cv2.imread(str(wider / f'WIDER_{split}/images/{name}'))
+        height, width = picture.shape[:2]
+        for x, y, w, h, *attributes in faces:
+            assert 0 <= x < x + w <= width and 0 <= y < y + h <= height
+            limits = (2, 1, 1, 1, 2, 1)
+            assert all(0 <= a <= m for a, m in zip(attributes, limits))
+
+
+def test_mat_files_have_the_official_form_and_say_what_the_text_says(wider):
+    images = parse(wider, 'val')
+    for setting in ('face', *SETTINGS):
+        mat = loadmat(wider / 'ground_truth' / f'wider_{setting}_val.mat')
+        mat = {k: v for k, v in mat.items() if not k.startswith('__')}
+        lists = ['event_list', 'file_list', 'face_bbx_list']
+        lists += [f'{name}_label_list' for name in ATTRIBUTES]
+        assert set(mat) == {*lists, *(['gt_list'] * (setting != 'face'))}
+        events = len({name.split('/')[0] for name in images})
+        assert all(
+            v.shape == (events, 1) and v.dtype == object for v in mat.values()
+        )
+        seen = []
+        for i in range(events):
+            event = mat['event_list'][i][0]
+            assert event.shape == (1,) and event.dtype.kind == 'U'
+            files = mat['file_list'][i][0]
+            assert files.dtype == object
+            for j in range(len(files)):
+                cell = {
+                    key: mat[key][i][0][j][0]
+                    for key in mat
+                    if key != 'event_list'
+                }
+                stem = cell['file_list']
+                assert stem.shape == (1,) and stem.dtype.kind == 'U'
+                name = f'{event[0]}/{stem[0]}.jpg'
+                seen.append(name)
+                faces = np.array(images[name] or [[0] * 10])
+                boxes = cell['face_bbx_list']
+                assert boxes.dtype == np.int32
+                np.testing.assert_array_equal(boxes, faces[:, :4])
+                for k, attribute in enumerate(ATTRIBUTES, 4):
+                    column = cell[f'{attribute}_label_list']
+                    assert column.dtype == np.uint8
+                    np.testing.assert_array_equal(column, faces[:, k : k + 1])
+        assert seen == list(images)
+
+
+def test_settings_are_nested_by_height_and_count_from_1(wider):
+    images = parse(wider, 'val')
+    kept, sizes = {}, {}
+    for setting in SETTINGS:
+        mat = loadmat(wider / 'ground_truth' / f'wider_{setting}_val.mat')
+        kept[setting] = set()
+        for i, event in enumerate(mat['event_list']):
+            for j, stem in enumerate(mat['file_list'][i][0]):
+                name = f'{event[0][0]}/{stem[0][0]}.jpg'
+                indices = mat['gt_list'][i][0][j][0]
+                assert indices.dtype == np.uint8
+                assert indices.shape[1:] == (1,) or indices.size == 0
+                for index in indices.ravel().tolist():
+                    assert 1 <= index <= len(images[name])
+                    kept[setting].add((name, index))
+        faces = {
+            (name, i): face
+            for name, rows in images.items()
+            for i, face in enumerate(rows, 1)
+        }
+        assert not any(faces[key][7] for key in kept[setting])
+        sizes[setting] = [faces[key][3] for key in kept[setting]]
+    assert kept['easy'] < kept['medium'] < kept['hard']
+    assert min(sizes['easy']) >= 36 > min(sizes['medium']) >= 22
+    assert 22 > min(sizes['hard']) >= 10
+    # What is in no setting is flagged invalid or too small.
+    left = set(faces) - kept['hard']
+    assert left and all(faces[k][7] or faces[k][3] < 10 for k in left)
+
+
+def test_an_invalid_face_is_in_no_setting(tool):
+    faces = [
+        tool.Face(0, 0, 40, height, 0, 0, 0, invalid, 0, 0)
+        for height, invalid in ((50, 0), (50, 1), (35, 0), (36, 0))
+    ]
+    assert tool.kept_of(faces, 36).tolist() == [[1], [4]]
+    assert tool.kept_of(faces[1:2], 36).shape == (0, 1)
+
+
+def test_uint16_indices_where_a_picture_needs_them(tool):
+    face = tool.Face(0, 0, 50, 50, 0, 0, 0, 0, 0, 0)
+    assert tool.kept_of([face] * 255, 36).dtype == np.uint8
+    kept = tool.kept_of([face] * 256, 36)
+    assert kept.dtype == np.uint16 and kept[-1, 0] == 256
+
+
+def test_train_and_val_share_no_patch_and_no_pixel(tool):
+    for seed in range(3):
+        train = tool.load_patches('train', seed)
+        val = tool.load_patches('val', seed)
+        assert len(train.faces) == 75 and len(val.faces) == 25
+        for a, b in ((train.faces, val.faces), (train.others, val.others)):
+            assert len(a) and len(b)
+            assert not {p.tobytes() for p in a} & {p.tobytes() for p in b}
+        ids = {*train.face_ids.tolist(), *val.face_ids.tolist()}
+        assert ids == set(range(100))
+    for name, photo in tool.PHOTOS.items():
+        file = tool.package_file(photo.package, photo.path)
+        whole = cv2.imread(str(file))
+        top = round(photo.window[0] * len(whole))
+        left, right = (tool.load_photo(name, s) for s in SIZES)
+        joined = np.hstack([left, right])
+        np.testing.assert_array_equal(joined, whole[top:])
+
+
+def test_faces_come_from_the_patches_of_the_split(tool, monkeypatch, tmp_path):
+    real = tool.load_patches
+    seen = {}
+
+    def load(split, seed):
+        patches = real(split, seed)
+        seen[split] = []
+        return tool.Patches(
+            Recorder(patches.faces, seen[split]),
+            patches.face_ids,
+            patches.others,
+        )
+
+    class Recorder:
+        def __init__(self, faces, log):
+            self.faces, self.log = faces, log
+
+        def __len__(self):
+            return len(self.faces)
+
+        def __getitem__(self, k):
+            self.log.append(self.faces[k].tobytes())
+            return self.faces[k]
+
+    monkeypatch.setattr(tool, 'load_patches', load)
+    tool.wider_face(tmp_path, 5, dict(train=6, val=6))
+    assert seen['train'] and seen['val']
+    assert not set(seen['train']) & set(seen['val'])
+
+
+@pytest.mark.parametrize('roll', (0.0, 0.3, -0.9))
+@pytest.mark.parametrize('size', (14.0, 33.3, 70.0))
+def test_box_is_around_what_is_seen(tool, roll, size):
+    canvas = np.zeros((120, 130, 3), np.float32)
+    white = np.ones((25, 25, 3), np.float32)
+    place = tool.stamp(canvas, white, (64.2, 58.7), size, roll)
+    ys, xs = np.nonzero(canvas[..., 0] > 0.35)
+    seen = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+    np.testing.assert_allclose(place.box, seen, atol=1.1)
+    assert place.area == place.opaque.sum()
+
+
+def test_a_turned_patch_is_turned_clockwise_like_its_oval(tool):
+    canvas = np.zeros((100, 100, 3), np.float32)
+    patch = np.zeros((25, 25, 3), np.float32)
+    patch[:12] = 1  # bright above
+    tool.stamp(canvas, patch, (50, 50), 60, np.pi / 2)
+    bright = np.nonzero(canvas[..., 0] > 0.5)[1].mean()
+    assert bright > 55  # above turned to the right
+
+
+def labels(tool, *placed):
+    """Label white stamps at (x, y, size) that all are faces."""
+    canvas = np.zeros((100, 100, 3), np.float32)
+    white = np.ones((25, 25, 3), np.float32)
+    stamps = [tool.stamp(canvas, white, p[:2], p[2], 0.0) for p in placed]
+    look = [0, 0, 0, 0, 0]
+    return tool.wider_faces(stamps, [look] * len(stamps), 100, 100)
+
+
+def test_occlusion_is_what_later_stamps_cover(tool):
+    apart = labels(tool, (20, 50, 30), (70, 50, 30))
+    assert [f.occlusion for f in apart] == [0, 0]
+    partly = labels(tool, (40, 50, 40), (62, 50, 30))
+    assert [f.occlusion for f in partly] == [1, 0]
+    # The other way round the large one covers a good part of the small one.
+    heavy = labels(tool, (62, 50, 30), (44, 50, 40))
+    assert [(f.occlusion, f.invalid) for f in heavy] == [(2, 0), (0, 0)]
+    hidden = labels(tool, (50, 50, 30), (51, 50, 34))
+    assert (hidden[0].occlusion, hidden[0].invalid) == (2, 1)
+
+
+def test_a_face_over_the_edge_is_cut_and_counts_as_occluded(tool):
+    (face,) = labels(tool, (2, 50, 40))
+    assert (face.x, face.w) == (0, round(2 + 40 * 0.95 * 0.42))
+    assert face.occlusion == 2
+    (face,) = labels(tool, (-5, 50, 40))
+    assert face.invalid == 1
+
+
+def test_tiny_faces_are_invalid(tool):
+    assert labels(tool, (50, 50, 8))[0].invalid == 1
+    assert labels(tool, (50, 50, 12))[0].invalid == 0
+
+
+def test_up_to_date_is_left_alone(wider, tool, capsys):
+    before = {f: f.stat().st_mtime_ns for f in wider.rglob('*')}
+    tool.main(['wider_face', '--out', str(wider), *ARGS])
+    assert 'up to date' in capsys.readouterr().out
+    assert {f: f.stat().st_mtime_ns for f in wider.rglob('*')} == before
+
+
+@pytest.mark.parametrize(
+    'change', (['--seed', '4'], ['--train', '21'], ['--val', '3'])
+)
+def test_other_settings_are_refused(wider, tool, change):
+    before = contents(wider)
+    with pytest.raises(SystemExit, match='made with other settings') as error:
+        tool.main(['wider_face', '--out', str(wider), *ARGS, *change])
+    assert '\n' not in str(error.value)
+    assert contents(wider) == before
+
+
+def test_an_older_revision_is_refused(wider, tool, monkeypatch):
+    monkeypatch.setattr(tool, 'REVISION', tool.REVISION + 1)
+    with pytest.raises(SystemExit, match='made with other settings'):
+        tool.main(['wider_face', '--out', str(wider), *ARGS])
+
+
+def test_a_folder_of_somebody_else_is_refused(tool, tmp_path):
+    (tmp_path / 'thesis.txt').write_text('years of work')
+    with pytest.raises(SystemExit, match='not made by this tool'):
+        tool.main(['wider_face', '--out', str(tmp_path), *ARGS])
+    assert contents(tmp_path) == {'thesis.txt': b'years of work'}
+    file = tmp_path / 'thesis.txt'
+    with pytest.raises(SystemExit, match='not made by this tool'):
+        tool.main(['wider_face', '--out', str(file), *ARGS])
+    assert file.read_text() == 'years of work'
+
+
+def test_an_empty_folder_is_taken(wider, tool, tmp_path):
+    out = tmp_path / 'empty'
+    out.mkdir()
+    tool.main(['wider_face', '--out', str(out), *ARGS])
+    assert contents(out) == contents(wider)
+    other = tmp_path / 'other'
+    other.mkdir()
+    # Not as private as a temporary folder.
+    assert out.stat().st_mode == other.stat().st_mode
+    assert sorted(os.listdir(tmp_path)) == ['empty', 'other']
+
+
+def test_a_failure_half_way_leaves_nothing(tool, tmp_path, monkeypatch):
+    def make(out, seed, sizes):
+        (out / 'half').write_text('')
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(
+        tool.DATASETS, 'wider_face', tool.DataSet(make, 20, 18)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        tool.main(['wider_face', '--out', str(tmp_path / 'out'), *ARGS])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_run_is_not_taken_for_finished(tmp_path):
+    out = tmp_path / 'out'
+    args = ['wider_face', '--out', out, '--seed', 0, '--train', 5000]
+    killed = subprocess.Popen([sys.executable, TOOL, *map(str, args)])
+    deadline = time.time() + 30
+    while not list(tmp_path.rglob('*.jpg')) and time.time() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert list(tmp_path.rglob('*.jpg')) and not out.exists()
+    done = run('wider_face', '--out', out, *ARGS)
+    assert done.returncode == 0 and 'made' in done.stdout
+    assert json.loads((out / 'mini_data.json').read_text())['seed'] == 3
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    (
+        (['wider_face', '--out', 'x'], '--seed'),
+        (['wider_face', '--seed', '0'], '--out'),
+        (['wider_face', '--out', 'x', '--seed', '-1'], '-1 is below 0'),
+        (['wider_face', '--out', 'x', '--seed', '0', '--val', '1'], 'below 2'),
+        (['imagenet', '--out', 'x', '--seed', '0'], 'imagenet'),
+        ([], 'dataset'),
+    ),
+)
+def test_wrong_arguments(tool, capsys, args, message):
+    with pytest.raises(SystemExit) as error:
+        tool.main(args)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit, match='scikit-image is not installed'):
+        tool.main(['wider_face', '--out', str(tmp_path / 'out'), *ARGS])
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,215 @@
+"""Train, resume and evaluate both hosts' models, each in fresh processes."""
+
+import json
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+
+ROOT = Path(__file__).parents[2]
+
+
+def scalars(folder):
+    """Metrics that the latest run in a work directory has written."""
+    latest = max(folder.glob('2*'))
+    (file,) = [*latest.glob('2*.json')] or [*latest.glob('*/scalars.json')]
+    lines = map(json.loads, file.read_text().splitlines())
+    return {
+        key: value
+        for line in lines
+        for key, value in line.items()
+        if key.startswith('coco/') or key in ('mIoU', 'aAcc')
+    }
+
+
+@pytest.fixture(scope='module')
+def det_train(place, start, finish, free_port):
+    return finish(
+        start(
+            *('dist_train.sh', 'det.py', 2, '--work-dir', 'det'),
+            PORT=free_port(),
+        )
+    )
+
+
+@pytest.fixture(scope='module')
+def det_resume(det_train, start, finish, free_port):
+    return finish(
+        start(
+            *('dist_train.sh', 'det.py', 2, '--work-dir', 'det', '--resume'),
+            *('--cfg-options', 'train_cfg.max_epochs=2'),
+            PORT=free_port(),
+        )
+    )
+
+
+@pytest.fixture(scope='module')
+def seg_train(place, start, finish, free_port):
+    """One process on each of two nodes."""
+    port = free_port()
+    nodes = [
+        start(
+            *('dist_train.sh', 'seg.py', 1, '--work-dir', 'seg'),
+            NNODES='2',
+            NODE_RANK=str(rank),
+            MASTER_ADDR='localhost',
+            PORT=port,
+        )
+        for rank in (1, 0)
+    ]
+    return [finish(node) for node in nodes][::-1]
+
+
+@pytest.fixture(scope='module')
+def seg_resume(seg_train, start, finish, free_port):
+    return finish(
+        start(
+            *('dist_train.sh', 'seg.py', 2, '--work-dir', 'seg'),
+            *('--resume', 'seg/iter_2.pth'),
+            *('--cfg-options', 'train_cfg.max_iters=4'),
+            PORT=free_port(),
+        )
+    )
+
+
+@pytest.fixture(scope='module')
+def det_tests(det_resume, start, finish):
+    """In one process each, side by side."""
+    import mmdet
+
+    tool = Path(mmdet.__file__).parent / '.mim/tools/test.py'
+    checkpoint = 'det/epoch_2.pth'
+    runs = dict(
+        theirs=start(
+            *(tool, 'det.py', checkpoint, '--work-dir', 'det_theirs'),
+            PYTHONPATH=str(ROOT),
+        ),
+        tta=start(
+            *('test.py', 'det.py', checkpoint, '--work-dir', 'det_tta'),
+            *('--tta', '--show-dir', 'pictures'),
+        ),
+    )
+    return {name: finish(run) for name, run in runs.items()}
+
+
+@pytest.fixture(scope='module')
+def seg_tests(seg_resume, start, finish):
+    """In one process each, side by side."""
+    checkpoint = 'seg/iter_4.pth'
+    runs = dict(
+        out=start(
+            *('test.py', 'seg.py', checkpoint, '--work-dir', 'seg_test'),
+            *('--out', 'out/labels', '--show-dir', 'seg_pictures'),
+        ),
+        tta=start(
+            *('test.py', 'seg.py', checkpoint, '--work-dir', 'seg_tta'),
+            '--tta',
+        ),
+    )
+    return {name: finish(run) for name, run in runs.items()}
+
+
+def test_det_trains_on_gloo_and_says_so_once(place, det_train):
+    assert det_train.code == 0, det_train.err
+    everything = det_train.out + det_train.err
+    for act in (
+        'process group of 2 over gloo',
+        '53 SyncBN layers became BatchNorm',
+        'MMDistributedDataParallel without device ids',
+    ):
+        assert everything.count(act) == 1, act
+    assert (place / 'det/epoch_1.pth').is_file()
+
+
+def test_det_resumes_optimizer_and_count(place, det_resume):
+    import torch
+
+    import polynl_mm.engine  # noqa: F401
+
+    assert det_resume.code == 0, det_resume.err
+    assert 'resumed epoch: 1, iter: 2' in det_resume.out
+    saved = torch.load(place / 'det/epoch_2.pth')
+    assert saved['meta']['iter'] == 4
+    steps = {s['step'].item() for s in saved['optimizer']['state'].values()}
+    assert steps == {4.0}
+    history = saved['message_hub']['log_scalars']['train/loss']
+    assert len(history.data[0]) == 4
+
+
+def test_det_metrics_and_pickle(place, det_resume, start, finish, free_port):
+    in_training = scalars(place / 'det')
+    assert in_training['coco/bbox_mAP_50'] > 0
+    done = finish(
+        start(
+            *('dist_test.sh', 'det.py', 'det/epoch_2.pth', 2),
+            *('--work-dir', 'det_test', '--out', 'out/predictions.pkl'),
+            PORT=free_port(),
+        )
+    )
+    assert done.code == 0, done.err
+    assert scalars(place / 'det_test') == in_training
+    saved = pickle.loads((place / 'out/predictions.pkl').read_bytes())
+    assert sorted(sample['img_id'] for sample in saved) == list(range(8))
+    for sample in saved:
+        assert sample['pred_instances']['bboxes'].shape[1:] == (4,)
+        assert 'gt_instances' not in sample
+
+
+def test_det_under_the_tool_of_mmdet(place, det_tests):
+    """polynl_mm.* in the config is enough to have the checkpoint read."""
+    assert det_tests['theirs'].code == 0, det_tests['theirs'].err
+    assert scalars(place / 'det_theirs') == scalars(place / 'det')
+
+
+def test_det_tta_and_pictures(place, det_tests):
+    assert det_tests['tta'].code == 0, det_tests['tta'].err
+    (folder,) = (place / 'det_tta').glob('*/pictures')
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f'{i}.png' for i in range(8)
+    ]
+    # Boxes of the mirror images were merged in.
+    assert scalars(place / 'det_tta') != scalars(place / 'det')
+
+
+def test_seg_trains_on_two_nodes(place, seg_train):
+    for node in seg_train:
+        assert node.code == 0, node.err
+    told = [
+        (node.out + node.err).count('process group of 2 over gloo')
+        for node in seg_train
+    ]
+    assert told == [1, 0]
+    assert (place / 'seg/iter_2.pth').is_file()
+
+
+def test_seg_resumes(place, seg_resume):
+    assert seg_resume.code == 0, seg_resume.err
+    assert 'iter: 2' in seg_resume.out
+    assert 'Iter(train) [3/4]' in seg_resume.out
+    assert 'Iter(train) [2/4]' not in seg_resume.out
+
+
+def test_seg_metrics_and_label_maps(place, seg_tests):
+    assert seg_tests['out'].code == 0, seg_tests['out'].err
+    assert scalars(place / 'seg_test') == scalars(place / 'seg')
+    names = {f'{i}.png' for i in range(8)}
+    assert {p.name for p in (place / 'out/labels').iterdir()} == names
+    right = [
+        cv2.imread(str(place / 'out/labels' / name), 0)
+        == cv2.imread(str(place / 'data/seg/ann' / name), 0)
+        for name in names
+    ]
+    accuracy = scalars(place / 'seg_test')['aAcc']
+    assert 100 * np.mean(right) == pytest.approx(accuracy, abs=0.01)
+    assert len([*(place / 'seg_pictures').rglob('*.png')]) == 8
+
+
+def test_seg_tta(place, seg_tests):
+    assert seg_tests['tta'].code == 0, seg_tests['tta'].err
+    assert 'SegTTAModel' in seg_tests['tta'].out
+    assert set(scalars(place / 'seg_tta')) == {'aAcc', 'mIoU'}

@@ -1,0 +1,691 @@
+"""Make a small data set of real pixels in the layout of a real data set.
+
+    python tools/make_mini_data.py wider_face --out data/mini_wider --seed 0
+
+Everything comes from files that installed packages ship, so nothing is
+downloaded: 100 face and 100 other patches of Labeled Faces in the Wild
+(``lfw_subset.npy`` in scikit-image, 25 x 25 pixels, grey) and photographs of
+scikit-image and scikit-learn. The patches are blended into crops of the
+photographs. What is trained on is never validated on: the patches are dealt
+out to one split or the other by their index, and every photograph is cut
+into a left part for train and a right part for val. (Patches are dealt, not
+persons: LFW has several pictures of a few persons.)
+
+The same settings with the same library versions give the same bytes. The
+data set is built in a temporary folder beside ``--out`` and renamed when it
+is complete; ``mini_data.json`` in it records the settings. A data set with
+the same settings is left alone, any other non-empty folder is refused.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+from dataclasses import astuple, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from scipy.io import savemat
+
+# Raise it with every change that alters the output.
+REVISION = 1
+MARKER = 'mini_data.json'
+SPLITS = ('train', 'val')
+
+
+class UserError(Exception):
+    """What the user can put right; shown as one line."""
+
+
+# ---------------------------------------------------------------- sources
+
+
+class Photo(NamedTuple):
+    """A photograph that a package ships, and the part without human faces.
+
+    ``window`` is (top, bottom, left, right) as shares of the sides.
+    """
+
+    package: str
+    path: str
+    window: tuple = (0.0, 1.0, 0.0, 1.0)
+
+
+PHOTOS = {
+    'Astronaut': Photo('skimage', 'data/astronaut.png', (0.42, 1, 0, 1)),
+    'Brick': Photo('skimage', 'data/brick.png'),
+    'Chelsea': Photo('skimage', 'data/chelsea.png'),
+    'China': Photo('sklearn', 'datasets/images/china.jpg'),
+    'Coffee': Photo('skimage', 'data/coffee.png'),
+    'Flower': Photo('sklearn', 'datasets/images/flower.jpg'),
+    'Grass': Photo('skimage', 'data/grass.png'),
+    'Gravel': Photo('skimage', 'data/gravel.png'),
+    'Motorcycle': Photo('skimage', 'data/motorcycle_left.png'),
+    'Rocket': Photo('skimage', 'data/rocket.jpg'),
+}
+# Share of a photograph's width, from the left, that belongs to train.
+TRAIN_SHARE = 0.6
+
+# Looked at one by one: faces with a wide open mouth or a grimace, faces
+# with a hand or a microphone over them, and parts of faces among the others.
+EXAGGERATED = frozenset((0, 16, 19, 29, 45, 51, 53, 59, 79, 91, 96))
+COVERED = frozenset((16, 18, 71))
+NOT_QUITE_OTHER = frozenset((20, 25, 30, 42, 54, 93, 96))
+
+
+def package_file(package: str, path: str) -> Path:
+    """Path of a file that an installed package ships."""
+    spec = find_spec(package)
+    if spec is None:
+        dist = {'skimage': 'scikit-image', 'sklearn': 'scikit-learn'}[package]
+        raise UserError(f'{dist} is not installed; its {path} is needed')
+    file = Path(spec.origin).parent / path
+    if not file.is_file():
+        raise UserError(f'{package} does not ship {path}: no file {file}')
+    return file
+
+
+def load_photo(name: str, split: str) -> np.ndarray:
+    """Part of a photograph that belongs to a split, (H, W, 3) uint8 BGR."""
+    photo = PHOTOS[name]
+    file = package_file(photo.package, photo.path)
+    image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise UserError(f'{file} is not a readable picture')
+    height, width = image.shape[:2]
+    top, bottom, left, right = photo.window
+    cut = left + TRAIN_SHARE * (right - left)
+    left, right = (left, cut) if split == 'train' else (cut, right)
+    rows = slice(round(top * height), round(bottom * height))
+    return image[rows, round(left * width) : round(right * width)]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """LFW patches of one split, (n, 25, 25) float32 in [0, 1].
+
+    ``face_ids`` holds the index in ``lfw_subset.npy`` of every face.
+    """
+
+    faces: np.ndarray
+    face_ids: np.ndarray
+    others: np.ndarray
+
+
+def load_patches(split: str, seed: int) -> Patches:
+    """Read the LFW patches and keep those that the seed deals to a split."""
+    file = package_file('skimage', 'data/lfw_subset.npy')
+    pool = np.load(file).astype(np.float32)
+    if pool.shape != (200, 25, 25):
+        raise UserError(
+            f'{file}: shape {pool.shape}, (200, 25, 25) was expected'
+        )
+    faces, others = pool[:100], pool[100:]
+    # A flat patch is no temptation for a detector, and a black corner is
+    # what lies outside the photograph that the patch was cut from.
+    tempting = [
+        i
+        for i in range(100)
+        if i not in NOT_QUITE_OTHER
+        and others[i].std() >= 0.05
+        and (others[i] < 0.02).mean() < 0.05
+    ]
+    rng = np.random.default_rng([seed, 0])
+    face_ids = rng.permutation(100)
+    other_ids = rng.permutation(tempting)
+
+    def deal(ids: np.ndarray) -> np.ndarray:
+        cut = round(0.75 * len(ids))
+        return ids[:cut] if split == 'train' else ids[cut:]
+
+    ids = deal(face_ids)
+    return Patches(faces[ids], ids, others[deal(other_ids)])
+
+
+# ------------------------------------------------------------- composites
+
+# Half axes of the oval that is cut out of a patch, as shares of its side,
+# and the share of the oval where the blend is still mostly the patch: the
+# box is drawn around that.
+OVAL = (0.42, 0.5)
+OVAL_BOXED = 0.95
+# Reflectance of skin in blue, green and red, relative to the mean.
+SKIN = np.array((0.80, 0.96, 1.24), np.float32)
+
+
+@dataclass
+class Stamp:
+    """What was blended into a canvas: box as floats, opaque pixels."""
+
+    box: tuple
+    opaque: np.ndarray  # (H, W) bool
+    area: int  # opaque pixels, those outside the canvas included
+
+
+def stamp(canvas, patch, centre, size, roll) -> Stamp:
+    """Blend a patch into a canvas as an oval with a soft edge.
+
+    Args:
+        canvas (ndarray): (H, W, 3) float32 in [0, 1], changed in place.
+        patch (ndarray): (n, n, 3) float32 in [0, 1].
+        centre (tuple[float, float]): x and y on the canvas, in pixels.
+        size (float): Side of the patch on the canvas, in pixels.
+        roll (float): Turn in radians.
+
+    Returns:
+        Stamp: Where it went.
+    """
+    n = len(patch)
+    if size < n:
+        # Drawing it smaller without this would alias.
+        patch = cv2.GaussianBlur(patch, (0, 0), 0.45 * n / size)
+    height, width = canvas.shape[:2]
+    reach = math.ceil(size)
+    x0, y0 = math.floor(centre[0]) - reach, math.floor(centre[1]) - reach
+    side = np.arange(2 * reach + 1, dtype=np.float32)
+    dx = side[None] + (x0 + 0.5 - centre[0])
+    dy = side[:, None] + (y0 + 0.5 - centre[1])
+    cos, sin = math.cos(roll), math.sin(roll)
+    u, v = (dx * cos + dy * sin) / size, (dy * cos - dx * sin) / size
+    pixels = cv2.remap(
+        patch,
+        ((u + 0.5) * n - 0.5).astype(np.float32),
+        ((v + 0.5) * n - 0.5).astype(np.float32),
+        cv2.INTER_CUBIC,
+        borderMode=cv2.BORDER_REFLECT,
+    )
+    radius = np.hypot(u / OVAL[0], v / OVAL[1])
+    ramp = np.clip((1.02 - radius) / 0.17, 0, 1)
+    alpha = ramp * ramp * (3 - 2 * ramp)
+
+    rows = slice(max(y0, 0), min(y0 + len(side), height))
+    cols = slice(max(x0, 0), min(x0 + len(side), width))
+    inside = (
+        slice(rows.start - y0, max(rows.stop - y0, 0)),
+        slice(cols.start - x0, max(cols.stop - x0, 0)),
+    )
+    part = alpha[inside][..., None]
+    canvas[rows, cols] += part * (pixels[inside] - canvas[rows, cols])
+    opaque = np.zeros((height, width), bool)
+    opaque[rows, cols] = alpha[inside] > 0.5
+
+    half_w = size * OVAL_BOXED * math.hypot(OVAL[0] * cos, OVAL[1] * sin)
+    half_h = size * OVAL_BOXED * math.hypot(OVAL[0] * sin, OVAL[1] * cos)
+    x, y = centre
+    box = (x - half_w, y - half_h, x + half_w, y + half_h)
+    return Stamp(box, opaque, int((alpha > 0.5).sum()))
+
+
+def background(rng, photo, height, width) -> np.ndarray:
+    """A random crop of a photograph, (height, width, 3) float32 in [0, 1]."""
+    rows, cols = photo.shape[:2]
+    crop_w = min(cols, rows * width / height) * rng.uniform(0.6, 1)
+    crop_h = crop_w * height / width
+    x = rng.uniform(0, cols - crop_w)
+    y = rng.uniform(0, rows - crop_h)
+    crop = photo[
+        round(y) : max(round(y + crop_h), round(y) + 1),
+        round(x) : max(round(x + crop_w), round(x) + 1),
+    ]
+    shrink = crop.shape[1] > width
+    crop = cv2.resize(
+        crop,
+        (width, height),
+        interpolation=cv2.INTER_AREA if shrink else cv2.INTER_CUBIC,
+    )
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    light = rng.uniform(0.8, 1.15)
+    return np.clip(crop.astype(np.float32) / 255 * light, 0, 1)
+
+
+def tinted(rng, grey, around) -> np.ndarray:
+    """Give a grey patch (n, n) the light and the colour of its place.
+
+    ``around`` are the pixels (h, w, 3) that it will cover. On a grey
+    photograph it stays grey.
+    """
+    mean = around.reshape(-1, 3).mean(0) + 1e-3
+    cast = mean / mean.mean()
+    colourful = float(around.std(2).mean()) > 0.01
+    share = rng.uniform(0.5, 0.9) if colourful else 0.0
+    tint = (1 - share) * np.clip(cast, 0.6, 1.5) + share * SKIN
+    level = grey.mean() + rng.uniform(0.1, 0.5) * (mean.mean() - grey.mean())
+    gain = np.clip(level / (grey.mean() + 1e-3), 0.5, 1.6)
+    return (grey * gain)[..., None] * tint.astype(np.float32)
+
+
+def look_around(canvas, centre, size) -> np.ndarray:
+    """Pixels of the canvas in the square around a centre, cut at its edge."""
+    height, width = canvas.shape[:2]
+    x = min(max(int(centre[0] - size / 2), 0), width - 2)
+    y = min(max(int(centre[1] - size / 2), 0), height - 2)
+    return canvas[y : y + max(int(size), 2), x : x + max(int(size), 2)]
+
+
+# ------------------------------------------------------------- WIDER Face
+
+
+@dataclass(frozen=True)
+class Face:
+    """One line of ``wider_face_*_bbx_gt.txt``, the fields in its order."""
+
+    x: int
+    y: int
+    w: int
+    h: int
+    blur: int
+    expression: int
+    illumination: int
+    invalid: int
+    occlusion: int
+    pose: int
+
+
+# Least height in pixels of the faces that a setting counts. The real
+# pictures are 1024 pixels wide and the settings start at about 50, 30 and 10
+# pixels there; these pictures are 256 wide and their faces are relatively
+# larger. A face that is flagged invalid is in no setting.
+WIDER_SETTINGS = {'easy': 36, 'medium': 22, 'hard': 10}
+WIDER_WIDTH = 256
+WIDER_HEIGHTS = (160, 192)
+WIDER_ATTRIBUTES = (
+    'blur',
+    'expression',
+    'illumination',
+    'invalid',
+    'occlusion',
+    'pose',
+)
+# One picture in so many has no face, beginning with the second.
+WIDER_FACELESS_EVERY = 16
+
+
+def wider_face_pixels(rng, patches, canvas, centre, size):
+    """Choose a face and dress it for its place.
+
+    Returns:
+        tuple: (n, n, 3) float32 pixels and the attributes that come with
+        them: blur, expression, illumination, and the patch's own occlusion.
+    """
+    k = int(rng.integers(len(patches.faces)))
+    face_id = int(patches.face_ids[k])
+    grey = patches.faces[k]
+    if rng.random() < 0.5:
+        grey = grey[:, ::-1]
+    grey = np.ascontiguousarray(grey)
+    soft = float(rng.choice((0.0, 0.0, 0.0, 0.6, 0.9)))
+    if soft:
+        grey = cv2.GaussianBlur(grey, (0, 0), soft)
+    pixels = tinted(rng, grey, look_around(canvas, centre, size))
+    extreme = rng.random() < 0.06
+    if extreme:
+        pixels = pixels * (0.35 if rng.random() < 0.6 else 1.7)
+    # Width of the blur in pixels of the picture; a patch of 25 pixels is
+    # itself sharp to about half a pixel.
+    spread = (0.5 + soft) * size / len(grey)
+    blur = int(spread > 0.8) + int(spread > 1.5)
+    return (
+        np.clip(pixels, 0, 1),
+        blur,
+        int(face_id in EXAGGERATED),
+        int(extreme),
+        int(face_id in COVERED),
+    )
+
+
+def wider_distractor(rng, patches, photo, canvas, centre, size):
+    """Pixels (n, n, 3) that are no face, to be stamped just like a face.
+
+    Without them the soft oval alone would give a face away.
+    """
+    if rng.random() < 0.4:
+        grey = patches.others[int(rng.integers(len(patches.others)))]
+        return np.clip(
+            tinted(rng, grey, look_around(canvas, centre, size)), 0, 1
+        )
+    n = int(rng.integers(24, 80))
+    y = int(rng.integers(photo.shape[0] - n))
+    x = int(rng.integers(photo.shape[1] - n))
+    return photo[y : y + n, x : x + n].astype(np.float32) / 255
+
+
+def wider_scene(rng, photo, patches, with_faces):
+    """Compose one picture.
+
+    Returns:
+        tuple: (H, W, 3) uint8 BGR and the list of its :class:`Face`.
+    """
+    height = int(rng.integers(WIDER_HEIGHTS[0], WIDER_HEIGHTS[1] + 1))
+    width = WIDER_WIDTH
+    canvas = background(rng, photo, height, width)
+    wanted = ['other'] * int(rng.integers(1, 4))
+    if with_faces:
+        wanted += ['face'] * int(rng.integers(3, 9))
+    stamps, looks = [], []
+    for kind in rng.permutation(wanted):
+        if kind == 'face' and rng.random() < 0.04:
+            size = rng.uniform(6, 10)
+        else:
+            size = math.exp(rng.uniform(math.log(16), math.log(80)))
+        tilted = rng.random() < 0.05
+        roll = rng.uniform(0.65, 0.95) if tilted else abs(rng.normal(0, 0.12))
+        roll = min(roll, 0.95) * (1 if rng.random() < 0.5 else -1)
+        crowded = rng.random() < 0.15
+        centre = free_place(rng, stamps, height, width, size, crowded)
+        if centre is None:
+            continue
+        if kind == 'face':
+            pixels, *look = wider_face_pixels(
+                rng, patches, canvas, centre, size
+            )
+            look.append(int(abs(roll) > math.radians(30)))
+        else:
+            pixels = wider_distractor(
+                rng, patches, photo, canvas, centre, size
+            )
+            look = None
+        stamps.append(stamp(canvas, pixels, centre, size, roll))
+        looks.append(look)
+    canvas += rng.normal(0, rng.uniform(0.004, 0.012), canvas.shape)
+    image = np.round(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
+    return image, wider_faces(stamps, looks, height, width)
+
+
+def free_place(rng, stamps, height, width, size, crowded):
+    """A centre for a stamp that covers little of the others, or None.
+
+    ``crowded`` lets it cover more of them.
+    """
+    limit = 0.75 if crowded else 0.08
+    margin = (0.25 if crowded else 0.4) * size
+    for _ in range(30):
+        x = rng.uniform(margin, width - margin)
+        y = rng.uniform(margin, height - margin)
+        half = 0.5 * size
+        rows = slice(max(int(y - half), 0), int(y + half) + 1)
+        cols = slice(max(int(x - half), 0), int(x + half) + 1)
+        if all(
+            s.opaque[rows, cols].sum() <= limit * max(s.area, 1)
+            for s in stamps
+        ):
+            return x, y
+    return None
+
+
+def wider_faces(stamps, looks, height, width) -> list:
+    """Labels of a scene, from what is really to be seen in the picture.
+
+    A box is cut at the edge of the picture. Occlusion counts the part that
+    later stamps cover or that lies outside: none up to 1 %, partial up to
+    30 %, heavy above. Below half visible, or lower than 9 pixels, a face
+    is flagged invalid.
+    """
+    faces = []
+    for i, (place, look) in enumerate(zip(stamps, looks)):
+        if look is None:
+            continue
+        seen = place.opaque.copy()
+        for later in stamps[i + 1 :]:
+            seen &= ~later.opaque
+        hidden = 1 - seen.sum() / place.area
+        x1, y1, x2, y2 = (round(float(c)) for c in place.box)
+        x1, y1 = max(x1, 0), max(y1, 0)
+        x2, y2 = min(x2, width), min(y2, height)
+        blur, expression, illumination, covered, pose = look
+        faces.append(
+            Face(
+                x=x1,
+                y=y1,
+                w=x2 - x1,
+                h=y2 - y1,
+                blur=blur,
+                expression=expression,
+                illumination=illumination,
+                invalid=int(hidden > 0.5 or y2 - y1 < 9),
+                occlusion=max(covered, int(hidden > 0.01)) + int(hidden > 0.3),
+                pose=pose,
+            )
+        )
+    return faces
+
+
+def wider_face(out: Path, seed: int, sizes: dict) -> None:
+    """Write mini WIDER Face.
+
+    ``WIDER_{split}/images/<event>/<name>.jpg`` and
+    ``wider_face_split/wider_face_{split}_bbx_gt.txt`` as in the official
+    release, an event being a photograph; ``ground_truth/*.mat`` as in the
+    official evaluation tools, made for val. At least one picture of each
+    split has no face.
+    """
+    for number, split in enumerate(SPLITS):
+        patches = load_patches(split, seed)
+        photos = {name: load_photo(name, split) for name in PHOTOS}
+        events = {}
+        for index in range(sizes[split]):
+            # An own generator per picture: more pictures change none.
+            rng = np.random.default_rng([seed, 1 + number, index])
+            name = list(PHOTOS)[int(rng.integers(len(PHOTOS)))]
+            with_faces = index % WIDER_FACELESS_EVERY != 1
+            image, faces = wider_scene(rng, photos[name], patches, with_faces)
+            event = f'{list(PHOTOS).index(name)}--{name}'
+            stem = f'{event.replace("--", "_")}_mini_{split}_{index}'
+            write_jpg(
+                out / f'WIDER_{split}' / 'images' / event / f'{stem}.jpg',
+                image,
+            )
+            events.setdefault(event, {})[stem] = faces
+        events = dict(sorted(events.items()))
+        write_bbx_gt(
+            out / 'wider_face_split' / f'wider_face_{split}_bbx_gt.txt',
+            events,
+        )
+        if split == 'val':
+            write_wider_mats(out / 'ground_truth', events)
+
+
+def write_jpg(file: Path, image: np.ndarray) -> None:
+    """Write a picture, making its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done, data = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 92])
+    if not done:
+        raise UserError(f'OpenCV cannot encode {file.name}')
+    file.write_bytes(data.tobytes())
+
+
+def write_bbx_gt(file: Path, events: dict) -> None:
+    """Write the text annotation: events → stems → faces."""
+    lines = []
+    for event, stems in events.items():
+        for stem, faces in stems.items():
+            lines += [f'{event}/{stem}.jpg', str(len(faces))]
+            # The official files follow a count of 0 with a line of zeros,
+            # and end every face in a blank.
+            rows = [astuple(face) for face in faces] or [(0,) * 10]
+            lines += [''.join(f'{value} ' for value in row) for row in rows]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(''.join(f'{line}\n' for line in lines), newline='\n')
+
+
+def write_wider_mats(folder: Path, events: dict) -> None:
+    """Write ``wider_face_val.mat`` and one file per setting.
+
+    Keys, nesting and dtypes are those of the official evaluation: cell
+    arrays by event and by picture, boxes int32, attributes uint8, indices
+    from 1 as uint8, or uint16 where they need it. A picture without a face
+    has one box of zeros.
+    """
+    by_event = [list(stems.values()) for stems in events.values()]
+
+    def per_picture(make) -> np.ndarray:
+        return cells([cells([make(f) for f in fs]) for fs in by_event])
+
+    def column(field: str):
+        return lambda faces: np.array(
+            [[getattr(face, field)] for face in faces] or [[0]], np.uint8
+        )
+
+    common = {
+        'event_list': cells(list(events)),
+        'file_list': cells([cells(list(s)) for s in events.values()]),
+        'face_bbx_list': per_picture(
+            lambda faces: np.array(
+                [(f.x, f.y, f.w, f.h) for f in faces] or [(0,) * 4], np.int32
+            )
+        ),
+    }
+    for attribute in WIDER_ATTRIBUTES:
+        common[f'{attribute}_label_list'] = per_picture(column(attribute))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_mat(folder / 'wider_face_val.mat', common)
+    for setting, least in WIDER_SETTINGS.items():
+        kept = per_picture(lambda faces, least=least: kept_of(faces, least))
+        write_mat(
+            folder / f'wider_{setting}_val.mat', {**common, 'gt_list': kept}
+        )
+
+
+def kept_of(faces: list, least: int) -> np.ndarray:
+    """Indices from 1 of the faces that a setting counts, (k, 1)."""
+    kept = [
+        [i]
+        for i, face in enumerate(faces, 1)
+        if not face.invalid and face.h >= least
+    ]
+    dtype = np.uint16 if len(faces) > 255 else np.uint8
+    return np.array(kept, dtype).reshape(-1, 1)
+
+
+def cells(items: list) -> np.ndarray:
+    """Column of MATLAB cells, (n, 1) object."""
+    column = np.empty((len(items), 1), object)
+    column[:, 0] = items
+    return column
+
+
+def write_mat(file: Path, variables: dict) -> None:
+    """Write a MATLAB 5 file whose header carries no date."""
+    buffer = io.BytesIO()
+    savemat(buffer, dict(sorted(variables.items())), do_compression=True)
+    data = bytearray(buffer.getvalue())
+    data[:116] = b'MATLAB 5.0 MAT-file, mini WIDER Face'.ljust(116)
+    file.write_bytes(data)
+
+
+# ----------------------------------------------------------- command line
+
+
+class DataSet(NamedTuple):
+    """How to make a data set: called with folder, seed, sizes by split."""
+
+    make: callable
+    train: int
+    val: int
+
+
+DATASETS = {'wider_face': DataSet(wider_face, train=400, val=80)}
+
+
+def build(name: str, out: Path, seed: int, sizes: dict) -> bool:
+    """Make a data set in ``out``, or find that it is there already.
+
+    Returns:
+        bool: Whether it had to be made.
+
+    Raises:
+        UserError: ``out`` holds something else.
+    """
+    settings = dict(dataset=name, revision=REVISION, seed=seed, **sizes)
+    marker = out / MARKER
+    if marker.is_file():
+        try:
+            found = json.loads(marker.read_text())
+        except ValueError:
+            found = 'no JSON'
+        if found == settings:
+            return False
+        raise UserError(
+            f'{out} was made with other settings; delete it or give another '
+            f'--out (there: {found}, asked: {settings})'
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f'{out} exists and was not made by this tool (no {MARKER} in '
+            f'it); give another --out, or an empty or new folder'
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f'.{out.name}.', suffix='.partial', dir=out.parent
+    ) as temporary:
+        # One folder further down, since mkdtemp's own is private (0700).
+        work = Path(temporary) / out.name
+        work.mkdir()
+        DATASETS[name].make(work, seed, sizes)
+        (work / MARKER).write_text(json.dumps(settings) + '\n')
+        os.rename(work, out)
+    return True
+
+
+def number_from(least: int):
+    """Argparse type: an integer that is not below ``least``."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f'{value} is below {least}')
+        return value
+
+    parse.__name__ = 'integer'
+    return parse
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    names = parser.add_subparsers(dest='dataset', required=True)
+    for name, dataset in DATASETS.items():
+        sub = names.add_parser(
+            name,
+            description=dataset.make.__doc__,
+            formatter_class=argparse.RawTextHelpFormatter,
+        )
+        sub.add_argument('--out', type=Path, required=True, metavar='DIR')
+        sub.add_argument('--seed', type=number_from(0), required=True)
+        for split in SPLITS:
+            default = getattr(dataset, split)
+            sub.add_argument(
+                f'--{split}',
+                type=number_from(2),
+                default=default,
+                metavar='N',
+                help=f'pictures for {split}, at least 2 ({default})',
+            )
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    """Make what the command line asks for and say what was done."""
+    args = parse_args(argv)
+    sizes = {split: getattr(args, split) for split in SPLITS}
+    try:
+        made = build(args.dataset, args.out.absolute(), args.seed, sizes)
+    except UserError as error:
+        sys.exit(f'make_mini_data.py: {error}')
+    state = 'made' if made else 'up to date'
+    print(
+        f'{args.out}: {args.dataset} {state}, '
+        f'{args.train} train and {args.val} val pictures, seed {args.seed}'
+    )
+
+
+if __name__ == '__main__':
+    main()
