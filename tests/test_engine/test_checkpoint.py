@@ -133,6 +133,9 @@ CRAFTED = {
     'register_statistics': lambda: Call(
         getattr, HistoryBuffer, 'register_statistics'
     ),
+    'the same name elsewhere': lambda: Call(
+        getattr, torch.nn.Parameter, 'mean'
+    ),
     'getattr of an array': lambda: Call(getattr, np.zeros(1), 'tofile'),
     'system': lambda: Call(__import__('os').system, 'echo crafted'),
     'eval': lambda: Call(eval, '1'),

@@ -1,0 +1,135 @@
+"""Let torch's safe loader read what mmengine saves.
+
+Since version 2.6, ``torch.load`` builds only types it knows to be harmless
+(``weights_only=True``) and so refuses mmengine's checkpoints, which carry a
+message hub: log histories (``HistoryBuffer``) over numpy arrays. Importing
+this module tells the safe loader how to build these, and nothing more.
+
+numpy's own constructors are not put on torch's list: with them, a crafted file
+could make numpy take bytes for object pointers (``ndarray(1, 'O', bytes)``),
+or give a dtype any size after an array was made of it. The stand-ins below
+accept plain numbers and text only.
+"""
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.utils import digit_version
+
+_STATISTICS = ('min', 'max', 'mean', 'current')
+
+# bool, integer, unsigned, float, complex, bytes, str
+_PLAIN_KINDS = 'biufcSU'
+
+
+def statistic(owner: type, name: str):
+    """Stand in for ``getattr`` in a checkpoint.
+
+    ``HistoryBuffer`` pickles its statistics as ``getattr(HistoryBuffer,
+    name)``. With the real ``getattr``, a crafted file could walk from there
+    to ``__globals__``, and so to any function.
+
+    Args:
+        owner: Must be ``HistoryBuffer``.
+        name: 'min', 'max', 'mean' or 'current'.
+
+    Raises:
+        ValueError: For any other pair.
+    """
+    if owner is not HistoryBuffer or name not in _STATISTICS:
+        raise ValueError(
+            f'a checkpoint may fetch only {", ".join(_STATISTICS)} of '
+            f'HistoryBuffer, but this one asks for {name!r} of {owner!r}: it '
+            'is damaged or malicious'
+        )
+    return getattr(HistoryBuffer, name)
+
+
+class PlainDtype:
+    """Stand in for ``numpy.dtype`` in a checkpoint.
+
+    Args:
+        code: Such as 'f8' or 'U3'.
+        align, copy: What numpy pickles beside it; without a meaning here.
+
+    Raises:
+        ValueError: If it is not a plain number or text.
+    """
+
+    def __init__(self, code, align=False, copy=True):
+        """Take what numpy pickles; see the class."""
+        self.dtype = np.dtype(code) if isinstance(code, str) else None
+        if self.dtype is None or self.dtype.kind not in _PLAIN_KINDS:
+            raise ValueError(
+                'a checkpoint may hold arrays of numbers and text only, but '
+                f'this one has dtype {code!r}'
+            )
+
+    def __setstate__(self, state):
+        """Take the byte order, the only thing a plain state tells."""
+        dtype = self.dtype.newbyteorder(state[1])
+        if state != dtype.__reduce__()[2]:
+            raise ValueError(
+                f'state {state} does not belong to dtype {dtype} in a '
+                'checkpoint: it is damaged or malicious'
+            )
+        self.dtype = dtype
+
+
+class PlainArray(np.ndarray):
+    """Stand in for ``numpy.ndarray`` in a checkpoint; pickles as the latter.
+
+    It is created empty, whatever the file asks for, and gets shape, dtype and
+    data from its state.
+    """
+
+    def __new__(cls):
+        """Take no arguments, above all no buffer."""
+        return super().__new__(cls, 0, np.int8)
+
+    def __setstate__(self, state):
+        """Take numpy's (version, shape, dtype, is_fortran, data)."""
+        version, shape, dtype, is_fortran, data = state
+        super().__setstate__((version, shape, dtype.dtype, is_fortran, data))
+
+    def __reduce_ex__(self, protocol):
+        """Be saved as a numpy array, which any loader knows."""
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+
+def _reconstruct(kind, shape, code):
+    """Stand in for the function by which numpy pickles an empty array."""
+    return PlainArray()
+
+
+def _scalar(dtype, data):
+    """Stand in for the function by which numpy pickles a scalar."""
+    return np.frombuffer(data, dtype.dtype, 1)[0]
+
+
+def _no_bytes():
+    """Stand in for ``bytes``, the data of an empty array."""
+    return b''
+
+
+# Before 2.6, torch.load is not restricted unless asked, and can not list an
+# object under another name.
+if digit_version(torch.__version__) >= digit_version('2.6.0'):
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (statistic, 'builtins.getattr'),
+            (_no_bytes, 'builtins.bytes'),
+            (PlainDtype, 'numpy.dtype'),
+            (PlainArray, 'numpy.ndarray'),
+        ]
+        + [
+            # The module moved in numpy 2; files of both ages are read.
+            (stand_in, f'numpy.{core}.multiarray.{name}')
+            for core in ('core', '_core')
+            for name, stand_in in (
+                ('_reconstruct', _reconstruct),
+                ('scalar', _scalar),
+            )
+        ]
+    )

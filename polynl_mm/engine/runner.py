@@ -1,0 +1,122 @@
+"""Distributed running on a machine without an accelerator."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from mmengine.dist import broadcast, is_distributed
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.registry import MODEL_WRAPPERS
+from mmengine.runner import Runner
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from polynl_mm.registry import HOOKS, RUNNERS
+
+
+@HOOKS.register_module()
+class BroadcastBuffersHook(Hook):
+    """Evaluate every process's share with the buffers of process 0.
+
+    BatchNorm statistics differ from process to process, and checkpoints hold
+    those of process 0: without this, the metrics logged in training would
+    depend on which process evaluates which image, and differ from those of
+    the saved checkpoint.
+    """
+
+    # After an EMAHook has swapped in its own buffers.
+    priority = 'LOW'
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Broadcast the model's buffers from process 0."""
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
+
+
+@RUNNERS.register_module()
+class GlooRunner(Runner):
+    """mmengine's Runner, started by torchrun on CPUs.
+
+    mmengine assumes a GPU per process. This runner does three things
+    differently and logs each of them once: the process group communicates
+    over gloo; DistributedDataParallel gets no device ids; SyncBN, which has
+    no CPU version, becomes BatchNorm, with :class:`BroadcastBuffersHook`. All
+    else, such as ``model_wrapper_cfg``, ``find_unused_parameters`` and
+    ``env_cfg.dist_cfg.timeout`` (seconds), is taken from the config as
+    mmengine takes it. Without a launcher it is the plain Runner.
+
+    Raises:
+        ValueError: For a launcher other than 'none' and 'pytorch'.
+    """
+
+    _lost_sync_bn = False
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Join the process group before mmengine would ask for a GPU."""
+        if self.launcher not in ('none', 'pytorch'):
+            raise ValueError(
+                f'launcher={self.launcher!r}: without an accelerator, only '
+                "'pytorch' (torchrun) can start several processes"
+            )
+        if self.distributed and not is_distributed():
+            seconds = env_cfg.get('dist_cfg', {}).get('timeout')
+            torch.distributed.init_process_group(
+                'gloo',
+                timeout=None if seconds is None else timedelta(0, seconds),
+            )
+        super().setup_env(env_cfg)
+
+    def wrap_model(
+        self, model_wrapper_cfg: dict | None, model: nn.Module
+    ) -> nn.Module:
+        """Revert SyncBN and wrap the model without device ids."""
+        if not self.distributed or is_model_wrapper(model):
+            return super().wrap_model(model_wrapper_cfg, model)
+        self.logger.info(
+            f'No accelerator: process group of {self.world_size} over gloo.'
+        )
+        model = self._without_sync_bn(model)
+
+        # The default as in Runner.wrap_model.
+        wrapper = dict(
+            model_wrapper_cfg
+            if model_wrapper_cfg is not None
+            else dict(
+                broadcast_buffers=False,
+                find_unused_parameters=self.cfg.get(
+                    'find_unused_parameters', False
+                ),
+            )
+        )
+        wrapper.setdefault('type', 'MMDistributedDataParallel')
+        if issubclass(
+            MODEL_WRAPPERS.get(wrapper['type']), DistributedDataParallel
+        ):
+            wrapper['device_ids'] = None
+            self.logger.info(
+                f'No accelerator: {wrapper["type"]} without device ids.'
+            )
+        return MODEL_WRAPPERS.build(wrapper, default_args=dict(module=model))
+
+    def _without_sync_bn(self, model: nn.Module) -> nn.Module:
+        # By name, as both torch and mmcv have one.
+        count = sum(
+            type(module).__name__ == 'SyncBatchNorm'
+            for module in model.modules()
+        )
+        if count or self.cfg.get('sync_bn'):
+            self._lost_sync_bn = True
+            self.logger.warning(
+                f'No accelerator: {count} SyncBN layers became BatchNorm '
+                f'(sync_bn={self.cfg.get("sync_bn")}), whose statistics are '
+                "over each process's own samples, not the whole batch."
+            )
+        return revert_sync_batchnorm(model)
+
+    def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
+        """Add :class:`BroadcastBuffersHook` where SyncBN was reverted."""
+        super().register_hooks(default_hooks, custom_hooks)
+        if self._lost_sync_bn:
+            self.register_hook(BroadcastBuffersHook())

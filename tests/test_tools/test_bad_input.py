@@ -1,0 +1,484 @@
+"""What can not be started ends in one line, and leaves nothing behind."""
+
+import json
+import os
+import runpy
+import shutil
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+
+from mmengine.config import Config  # noqa: E402
+from mmengine.registry import MODELS, DefaultScope  # noqa: E402
+
+from polynl_mm.engine import launch  # noqa: E402
+
+TOOLS = Path(__file__).parents[2] / 'tools'
+
+
+@pytest.fixture
+def here(place, tmp_path, monkeypatch):
+    """A copy of the configs and the data, as current folder."""
+    shutil.copytree(place / 'data', tmp_path / 'data')
+    for name in ('det.py', 'seg.py'):
+        shutil.copy(place / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, 'environ', dict(os.environ))
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        yield tmp_path
+
+
+@pytest.fixture
+def refuse(here, capfd, monkeypatch):
+    """Run a tool that must refuse; give its line."""
+
+    def refuse(tool, *args, work_dir_made=False):
+        before = sorted(here.rglob('*'))
+        monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *map(str, args)])
+        monkeypatch.setattr(sys, 'path', sys.path[:])
+        main = runpy.run_path(str(TOOLS / f'{tool}.py'))['main']
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            launch.run(main)
+        assert caught.value.code == 2
+        if not work_dir_made:
+            assert sorted(here.rglob('*')) == before
+        lines = [
+            line
+            for line in capfd.readouterr().err.splitlines()
+            if 'Warning' not in line and not line.startswith('  ')
+        ]
+        assert len(lines) == 1, lines
+        prefix = f'{tool}.py: error: '
+        assert lines[0].startswith(prefix)
+        return lines[0][len(prefix) :]
+
+    return refuse
+
+
+def write(here, name, text):
+    (here / name).write_text(text)
+    return name
+
+
+@pytest.fixture
+def weights(here):
+    """Save a state dict of the detector, after a change to it."""
+
+    def weights(change=lambda state: None, host='det', **more):
+        cfg = Config.fromfile(f'{host}.py')
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            state = MODELS.build(deepcopy(cfg.model)).state_dict()
+        change(state)
+        torch.save({'state_dict': state, **more}, 'some.pth')
+        return 'some.pth'
+
+    return weights
+
+
+# The command line
+
+
+def test_no_config(refuse):
+    assert 'arguments are required: config' in refuse('train')
+    assert 'required: checkpoint' in refuse('test', 'det.py')
+
+
+def test_unknown_option(refuse):
+    assert 'unrecognized arguments: --foo' in refuse(
+        'train', 'det.py', '--foo'
+    )
+
+
+def test_cfg_options_without_a_value(refuse):
+    assert 'KEY=VALUE' in refuse('train', 'det.py', '--cfg-options', 'a.b')
+
+
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_config_missing(refuse, tool):
+    line = refuse(tool, 'nope.py', *['some.pth'] * (tool == 'test'))
+    assert line == 'config nope.py does not exist'
+
+
+def test_base_missing(here, refuse):
+    config = write(here, 'mine.py', "_base_ = 'gone.py'")
+    assert 'gone.py' in refuse('train', config)
+
+
+def test_host_missing(here, refuse):
+    config = write(here, 'mine.py', "default_scope = 'mmpose'")
+    line = refuse('train', config)
+    assert 'mmpose' in line and 'not installed' in line
+
+
+@pytest.mark.parametrize(
+    'tool, key', [('train', 'train_dataloader'), ('test', 'test_evaluator')]
+)
+def test_config_of_something_else(refuse, tool, key):
+    options = ['some.pth'] * (tool == 'test') + [
+        '--cfg-options',
+        f'{key}=None',
+    ]
+    assert refuse(tool, 'det.py', *options) == f'config det.py has no {key}'
+
+
+def test_work_dir_is_a_file(here, refuse):
+    write(here, 'file', '')
+    line = refuse('train', 'det.py', '--work-dir', 'file')
+    assert line == 'work_dir=file is not a folder'
+
+
+def test_auto_scale_lr_without_a_base(refuse):
+    line = refuse('train', 'det.py', '--auto-scale-lr')
+    assert 'auto_scale_lr.base_batch_size' in line
+
+
+# The machine
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    for name in ('cuda', 'mlu', 'musa', 'npu'):
+        monkeypatch.setattr(
+            f'mmengine.device.is_{name}_available', lambda: False
+        )
+
+
+@pytest.mark.parametrize(
+    'options',
+    [['--amp'], ['--cfg-options', 'optim_wrapper.type=AmpOptimWrapper']],
+)
+def test_amp_without_a_gpu(refuse, no_gpu, options):
+    assert '--amp' in (line := refuse('train', 'det.py', *options))
+    assert 'needs a GPU' in line
+
+
+@pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
+def test_launcher_without_a_gpu(refuse, no_gpu, launcher):
+    line = refuse('train', 'det.py', '--launcher', launcher)
+    assert line.startswith(f'--launcher {launcher} needs a GPU')
+    assert 'dist_' in line
+
+
+def test_torchrun_forgotten(refuse, monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    line = refuse('train', 'det.py', '--launcher', 'pytorch')
+    assert 'RANK is not set' in line and 'dist_' in line
+
+
+def test_runner_of_its_own_without_a_gpu(refuse, no_gpu, monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    line = refuse(
+        *('train', 'det.py', '--launcher', 'pytorch'),
+        *('--cfg-options', 'runner_type=FlexibleRunner'),
+    )
+    assert "runner_type='FlexibleRunner'" in line
+    assert 'polynl_mm.GlooRunner' in line
+
+
+def test_more_processes_than_gpus(refuse, monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    line = refuse('train', 'det.py', '--launcher', 'pytorch')
+    assert line.startswith('4 processes for 2 GPU(s)')
+
+
+def test_another_process_lets_the_first_one_speak(refuse, monkeypatch):
+    waited = []
+    monkeypatch.setattr(launch.time, 'sleep', waited.append)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    refuse('train', 'nope.py')
+    assert waited and waited[0] > 5
+
+
+# The data
+
+
+@pytest.mark.parametrize(
+    'host, gone, key',
+    [
+        ('det', 'data/det', "data_root='data/det'"),
+        ('det', 'data/det/ann.json', "ann_file='ann.json'"),
+        ('det', 'data/det/img', "data_prefix.img='img'"),
+        ('seg', 'data/seg', "data_root='data/seg'"),
+        ('seg', 'data/seg/ann', "data_prefix.seg_map_path='ann'"),
+    ],
+)
+def test_data_missing(here, refuse, host, gone, key):
+    (here / gone).rename(here / 'elsewhere')
+    line = refuse('train', f'{host}.py')
+    assert line == (
+        f'config {host}.py: train_dataloader: {key}: {here / gone} does not '
+        'exist'
+    )
+
+
+def test_data_missing_in_a_wrapper_and_in_test(here, refuse, weights):
+    checkpoint = weights()
+    config = write(
+        here,
+        'mine.py',
+        "_base_ = 'det.py'\n"
+        'train_dataloader = dict(dataset=dict(_delete_=True, '
+        "type='ConcatDataset', datasets=[{{_base_.val_dataloader.dataset}}, "
+        "dict(type='RepeatDataset', times=2, "
+        "dataset=dict(type='CocoDataset', ann_file='gone.json'))]))\n"
+        "test_dataloader = dict(dataset=dict(data_root='away'))\n",
+    )
+    assert "train_dataloader: ann_file='gone.json'" in refuse('train', config)
+    assert "test_dataloader: data_root='away'" in refuse(
+        'test', config, checkpoint
+    )
+
+
+def test_annotations_of_the_metric_missing(refuse):
+    line = refuse(
+        'train', 'det.py', '--cfg-options', 'val_evaluator.ann_file=gone.json'
+    )
+    assert "val_evaluator: ann_file='gone.json'" in line
+
+
+def test_test_set_without_labels_is_no_error(here):
+    cfg = Config.fromfile('seg.py')
+    shutil.rmtree(here / 'data/seg/ann')
+    launch.check_data(cfg, 'test')
+
+
+def test_remote_data_is_left_to_mmengine(here):
+    cfg = Config.fromfile('det.py')
+    cfg.train_dataloader.dataset.data_root = 's3://bucket/det'
+    launch.check_data(cfg, 'train')
+    cfg.train_dataloader.dataset.data_root = 'elsewhere'
+    cfg.train_dataloader.dataset.backend_args = dict(backend='petrel')
+    launch.check_data(cfg, 'train')
+
+
+def test_annotation_file_empty(here, refuse):
+    (here / 'data/det/ann.json').write_text('')
+    line = refuse('train', 'det.py')
+    assert line.endswith(f'{here / "data/det/ann.json"} is empty')
+
+
+@pytest.mark.parametrize('host', ['det', 'seg'])
+def test_no_sample(here, refuse, host):
+    path = here / 'data/det/ann.json'
+    coco = json.loads(path.read_text())
+    path.write_text(json.dumps({**coco, 'images': [], 'annotations': []}))
+    shutil.rmtree(here / 'data/seg/img')
+    (here / 'data/seg/img').mkdir()
+    line = refuse('train', f'{host}.py', work_dir_made=True)
+    assert line == f'config {host}.py: train_dataloader has no sample'
+
+
+# The checkpoint
+
+
+@pytest.mark.parametrize('how', ['test', 'train'])
+def test_checkpoint_missing(refuse, how):
+    args = ['gone.pth'] if how == 'test' else ['--resume', 'gone.pth']
+    line = refuse(how, 'det.py', *args)
+    assert line == 'checkpoint gone.pth does not exist'
+
+
+def test_no_checkpoint_at_all(here, refuse):
+    for content in ('', 'some text', '{}'):
+        write(here, 'some.pth', content)
+        line = refuse('test', 'det.py', 'some.pth')
+        assert line.startswith('checkpoint some.pth can not be read: ')
+        assert 'weights_only' not in line
+
+
+def test_checkpoint_cut_short(here, refuse, weights):
+    path = here / weights()
+    path.write_bytes(path.read_bytes()[:-999])
+    assert 'can not be read' in refuse('test', 'det.py', path)
+
+
+class Crafted:
+    def __reduce__(self):
+        return os.mkdir, ('crafted',)
+
+
+def test_malicious_checkpoint(refuse, weights):
+    line = refuse('test', 'det.py', weights(meta=Crafted()))
+    assert 'can not be read' in line and 'mkdir' in line
+
+
+def test_no_dict(refuse, here):
+    torch.save([1], 'some.pth')
+    assert 'holds a list' in refuse('test', 'det.py', 'some.pth')
+
+
+def test_checkpoint_of_another_model(refuse, weights):
+    def change(state):
+        del state['bbox_head.retina_cls.weight']
+        state['roi_head.weight'] = torch.zeros(1)
+        state['neck.fpn_convs.0.conv.bias'] = torch.zeros(3)
+
+    line = refuse('test', 'det.py', weights(change), '--work-dir', 'out')
+    assert line == (
+        'checkpoint some.pth does not fit the model of det.py: '
+        '1 missing keys (bbox_head.retina_cls.weight), '
+        '1 unexpected keys (roi_head.weight), '
+        '1 keys of another shape (neck.fpn_convs.0.conv.bias)'
+    )
+
+
+def test_checkpoint_without_our_block(refuse, weights):
+    def change(state):
+        for key in [key for key in state if 'poly_nl' in key]:
+            del state[key]
+
+    line = refuse('test', 'det.py', weights(change))
+    assert '30 missing keys (backbone.layer3.0.poly_nl.alpha, ' in line
+    assert line.endswith(', ...)')
+
+
+def test_checkpoint_of_the_other_host(refuse, weights):
+    line = refuse('test', 'det.py', weights(host='seg'))
+    assert 'missing keys' in line and 'unexpected keys' in line
+
+
+def test_harmless_differences_are_accepted(here, weights):
+    def change(state):
+        for key in list(state):
+            value = state.pop(key)
+            if not key.endswith('num_batches_tracked'):
+                state[f'module.{key}'] = value
+        state['data_preprocessor.mean'] = torch.zeros(3, 1, 1)
+
+    launch.check_checkpoint(Config.fromfile('det.py'), weights(change))
+
+
+@pytest.mark.parametrize('missing', ['meta', 'message_hub', 'optimizer'])
+def test_resume_from_weights_only(refuse, weights, missing):
+    state = {'meta': {}, 'message_hub': {}, 'optimizer': {}}
+    del state[missing]
+    line = refuse('train', 'det.py', '--resume', weights(**state))
+    assert f'has no {missing!r}' in line and 'load_from' in line
+
+
+def test_resume_from_another_model(refuse, weights):
+    def change(state):
+        state['roi_head.weight'] = torch.zeros(1)
+
+    checkpoint = weights(change, meta={}, message_hub={}, optimizer={})
+    line = refuse('train', 'det.py', '--resume', checkpoint)
+    assert '1 unexpected keys (roi_head.weight)' in line
+    line = refuse(
+        *('train', 'det.py', '--cfg-options', 'resume=True'),
+        f'load_from={checkpoint}',
+    )
+    assert '1 unexpected keys (roi_head.weight)' in line
+
+
+def test_resume_from_a_moved_work_dir(here, refuse):
+    (here / 'work').mkdir()
+    write(here, 'work/last_checkpoint', '/gone/epoch_1.pth')
+    line = refuse('train', 'det.py', '--work-dir', 'work', '--resume')
+    assert 'last_checkpoint names /gone/epoch_1.pth' in line
+
+
+def set_resume(cfg, resume):
+    runpy.run_path(str(TOOLS / 'train.py'))['set_resume'](cfg, resume)
+
+
+def test_resume_with_nothing_to_resume_starts_anew(here, capfd):
+    cfg = Config.fromfile('det.py')
+    cfg.work_dir = 'work'
+    cfg.load_from = 'pretrained.pth'
+    set_resume(cfg, 'auto')
+    assert (cfg.resume, cfg.load_from) == (False, 'pretrained.pth')
+    assert 'no checkpoint in work yet' in capfd.readouterr().err
+
+
+def test_resume_finds_the_latest(here, weights):
+    (here / 'work').mkdir()
+    path = here / weights(meta={}, message_hub={}, optimizer={})
+    write(here, 'work/last_checkpoint', str(path))
+    cfg = Config.fromfile('det.py')
+    cfg.work_dir = 'work'
+    set_resume(cfg, 'auto')
+    assert (cfg.resume, cfg.load_from) == (True, str(path))
+
+
+def test_fine_tuning_may_lack_keys(here):
+    cfg = Config.fromfile('det.py')
+    cfg.load_from = 'pretrained.pth'
+    set_resume(cfg, None)
+    assert (cfg.resume, cfg.load_from) == (False, 'pretrained.pth')
+
+
+# Options of test.py
+
+
+@pytest.mark.parametrize(
+    'host, options, said',
+    [
+        ('det', ['--out', 'labels'], '.pkl or .pickle'),
+        ('seg', ['--out', 'det.py'], 'this is a file'),
+        (
+            'seg',
+            [
+                '--out',
+                'o',
+                '--cfg-options',
+                'test_evaluator.type=DumpResults',
+            ],
+            'no metric in test_evaluator',
+        ),
+        ('seg', ['--tta', '--cfg-options', 'tta_model=None'], 'no tta_model'),
+        (
+            'seg',
+            ['--tta', '--cfg-options', 'tta_pipeline=None'],
+            'no tta_pipeline',
+        ),
+        (
+            'det',
+            ['--show-dir', 'o', '--cfg-options', 'default_hooks=None'],
+            'default_hooks.visualization',
+        ),
+        (
+            'det',
+            ['--out', 'o.pkl', '--cfg-options', 'default_scope=mmengine'],
+            "default_scope='mmengine'",
+        ),
+    ],
+)
+def test_options_of_test(refuse, weights, host, options, said):
+    line = refuse('test', f'{host}.py', weights(host=host), *options)
+    assert said in line
+
+
+# A distributed job
+
+
+def test_distributed_job_says_it_once(place, start, finish, free_port):
+    before = sorted(place.iterdir())
+    done = finish(start('dist_train.sh', 'nope.py', 2, PORT=free_port()))
+    assert done.code == 2
+    assert done.err == 'train.py: error: config nope.py does not exist\n'
+    assert done.out == ''
+    assert sorted(place.iterdir()) == before
+
+
+def test_port_in_use(start, finish, free_port):
+    import socket
+
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        done = finish(start('dist_train.sh', 'det.py', 1, PORT=port))
+    assert done.code == 1
+    assert done.err.startswith(f'torchrun.py: error: port {port} is in use')
+    assert done.err.count('\n') == 1

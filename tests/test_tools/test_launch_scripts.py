@@ -1,0 +1,188 @@
+"""The shell scripts: what they hand on, word by word, from any folder."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / 'tools'
+
+# Stands in for a program on PATH: writes down its arguments.
+RECORDER = f"""#!{sys.executable}
+import json, sys
+json.dump(sys.argv[1:], open('arguments.json', 'w'))
+"""
+
+# CONFIG, and CHECKPOINT or WORK_DIR, with what a careless script would split.
+FIRST, SECOND = 'my config.py', 'other place/*'
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Run a script in another folder, with srun and python replaced."""
+    programs = tmp_path / 'bin'
+    programs.mkdir()
+    for name in ('srun', 'python'):
+        (programs / name).write_text(RECORDER)
+        (programs / name).chmod(0o755)
+    elsewhere = tmp_path / 'else where'
+    elsewhere.mkdir()
+
+    def call(script, *args, relative=False, **env):
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ('NNODES', 'NODE_RANK', 'MASTER_ADDR', 'PORT')
+        } | env
+        env['PATH'] = f'{programs}:{env["PATH"]}'
+        path = TOOLS / script
+        done = subprocess.run(
+            ['bash', os.path.relpath(path, elsewhere) if relative else path]
+            + [*map(str, args)],
+            cwd=elsewhere,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        recorded = elsewhere / 'arguments.json'
+        done.arguments = (
+            json.loads(recorded.read_text()) if recorded.exists() else None
+        )
+        return done
+
+    return call
+
+
+MORE = ['--cfg-options', 'a=[1, 2]', 'b="x y"', '']
+
+
+@pytest.mark.parametrize('relative', [False, True])
+@pytest.mark.parametrize(
+    'script, args, handed',
+    [
+        ('dist_train.sh', [FIRST, 3], ['train.py', FIRST]),
+        ('dist_test.sh', [FIRST, SECOND, 3], ['test.py', FIRST, SECOND]),
+    ],
+)
+def test_dist(call, script, args, handed, relative):
+    done = call(script, *args, *MORE, relative=relative)
+    assert done.returncode == 0, done.stderr
+    assert done.arguments == [
+        str(TOOLS / 'torchrun.py'),
+        '--nnodes=1',
+        '--node-rank=0',
+        '--master-addr=127.0.0.1',
+        '--master-port=29500',
+        '--nproc-per-node=3',
+        str(TOOLS / handed[0]),
+        *handed[1:],
+        '--launcher',
+        'pytorch',
+        *MORE,
+    ]
+
+
+@pytest.mark.parametrize(
+    'script, args',
+    [('dist_train.sh', [FIRST, 2]), ('dist_test.sh', [FIRST, SECOND, 2])],
+)
+def test_dist_on_several_nodes(call, script, args):
+    done = call(
+        script,
+        *args,
+        NNODES='2',
+        NODE_RANK='1',
+        MASTER_ADDR='10.1.2.3',
+        PORT='1234',
+    )
+    assert done.arguments[1:5] == [
+        '--nnodes=2',
+        '--node-rank=1',
+        '--master-addr=10.1.2.3',
+        '--master-port=1234',
+    ]
+
+
+@pytest.mark.parametrize('gpus', ['0', '-1', '02', 'abc', '1.5', '', None])
+@pytest.mark.parametrize(
+    'script, args',
+    [('dist_train.sh', [FIRST]), ('dist_test.sh', [FIRST, SECOND])],
+)
+def test_dist_with_a_wrong_gpu_count(call, script, args, gpus):
+    done = call(script, *args, *([] if gpus is None else [gpus]))
+    assert done.returncode == 2
+    assert done.arguments is None
+    assert done.stderr.startswith('usage: ')
+    assert done.stderr.count('\n') == 1
+    assert f'{script} CONFIG' in done.stderr and 'GPUS' in done.stderr
+
+
+SLURM = [
+    ('slurm_train.sh', ['train.py', FIRST, '--work-dir', SECOND]),
+    ('slurm_test.sh', ['test.py', FIRST, SECOND]),
+]
+
+
+@pytest.mark.parametrize('script, handed', SLURM)
+def test_slurm(call, script, handed):
+    done = call(script, 'gpu part', 'a job', FIRST, SECOND, *MORE)
+    assert done.returncode == 0, done.stderr
+    assert done.arguments == [
+        '--partition=gpu part',
+        '--job-name=a job',
+        '--gres=gpu:8',
+        '--ntasks=8',
+        '--ntasks-per-node=8',
+        '--cpus-per-task=5',
+        '--kill-on-bad-exit=1',
+        'python',
+        '-u',
+        str(TOOLS / handed[0]),
+        *handed[1:],
+        '--launcher',
+        'slurm',
+        *MORE,
+    ]
+
+
+@pytest.mark.parametrize('script, handed', SLURM)
+def test_slurm_settings(call, script, handed):
+    done = call(
+        *(script, 'p', 'j', FIRST, SECOND),
+        GPUS='4',
+        GPUS_PER_NODE='2',
+        CPUS_PER_TASK='3',
+        SRUN_ARGS='--quotatype=spot --exclusive',
+    )
+    assert done.arguments[2:9] == [
+        '--gres=gpu:2',
+        '--ntasks=4',
+        '--ntasks-per-node=2',
+        '--cpus-per-task=3',
+        '--kill-on-bad-exit=1',
+        '--quotatype=spot',
+        '--exclusive',
+    ]
+
+
+@pytest.mark.parametrize('script, handed', SLURM)
+def test_slurm_with_an_argument_missing(call, script, handed):
+    done = call(script, 'p', 'j', FIRST)
+    assert done.returncode == 2
+    assert done.arguments is None
+    assert done.stderr.startswith('usage: ')
+    assert done.stderr.count('\n') == 1
+
+
+def test_cores_are_shared_without_a_gpu(monkeypatch):
+    torch = pytest.importorskip('torch')
+    threads = runpy.run_path(str(TOOLS / 'torchrun.py'))['threads']
+    monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert [threads(n) for n in (1, 2, 3, 9)] == [8, 4, 2, 1]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert threads(2) == 1

@@ -1,0 +1,115 @@
+"""Train any mmdet or mmseg config, on GPUs or without."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from mmengine.device import (
+    is_cuda_available,
+    is_mlu_available,
+    is_musa_available,
+    is_npu_available,
+)
+from mmengine.runner import find_latest_checkpoint
+
+from polynl_mm.engine import launch
+from polynl_mm.engine.launch import StartError
+
+
+def parse_args():
+    """Parse the command line."""
+    parser = launch.Parser(description=__doc__)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint, or, without a value, from the '
+        'latest one in the work directory; if there is none yet, start anew',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='mixed precision; needs a GPU'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate by batch size, as auto_scale_lr of the '
+        'config says',
+    )
+    return parser.parse_args()
+
+
+def set_precision(cfg, amp):
+    """Switch to mixed precision if asked, where the machine has it."""
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if amp:
+        if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+            raise StartError(
+                f'--amp takes the place of OptimWrapper, but config '
+                f'{cfg.filename} has optim_wrapper.type={kind!r}'
+            )
+        wrapper.type = kind = 'AmpOptimWrapper'
+        wrapper.setdefault('loss_scale', 'dynamic')
+    accelerators = (
+        is_cuda_available,
+        is_mlu_available,
+        is_musa_available,
+        is_npu_available,
+    )
+    if kind == 'AmpOptimWrapper' and not any(has() for has in accelerators):
+        raise StartError(
+            'mixed precision (--amp, AmpOptimWrapper) needs a GPU, and this '
+            'machine has none: train without it'
+        )
+
+
+def set_resume(cfg, resume):
+    """Find the checkpoint to go on from, if one is asked for."""
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or 'auto'
+    cfg.resume = False
+    if resume is None:
+        return
+    if resume == 'auto':
+        record = os.path.join(cfg.work_dir, 'last_checkpoint')
+        if not os.path.isfile(record):
+            launch.say(
+                f'--resume: no checkpoint in {cfg.work_dir} yet, training '
+                'starts from the beginning'
+            )
+            return
+        resume = find_latest_checkpoint(cfg.work_dir)
+        if not os.path.isfile(resume):
+            raise StartError(
+                f'--resume: {record} names {resume}, which does not exist'
+            )
+    launch.check_checkpoint(cfg, resume, resume=True)
+    cfg.resume = True
+    cfg.load_from = resume
+
+
+def main():
+    """Train."""
+    args = parse_args()
+    cfg = launch.load_config(args)
+    launch.require(
+        cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper'
+    )
+    launch.choose_runner(cfg)
+    set_precision(cfg, args.amp)
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+            raise StartError(
+                f'--auto-scale-lr: config {cfg.filename} has no '
+                'auto_scale_lr.base_batch_size'
+            )
+        cfg.auto_scale_lr.enable = True
+    launch.check_data(cfg, 'train', 'val')
+    set_resume(cfg, args.resume)
+    launch.build_runner(cfg, 'train', 'val').train()
+
+
+if __name__ == '__main__':
+    launch.run(main)
