@@ -1,0 +1,84 @@
+"""Every shipped config: it parses, its model builds, alpha and beta decay not.
+
+Data sets are not needed: none is built.
+"""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+
+from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
+
+CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
+NAMES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob('*.py'))
+LEAVES = [name for name in NAMES if '_base_' not in Path(name).parts]
+
+
+def settings_by_name(model, cfg):
+    """Parameter name -> (learning rate, weight decay) in the optimiser."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = build_optim_wrapper(model, deepcopy(cfg)).optimizer.param_groups
+    return {
+        names[id(p)]: (group['lr'], group['weight_decay'])
+        for group in groups
+        for p in group['params']
+    }
+
+
+def scalars_of(model):
+    """Names of the alpha and beta of every Poly-NL layer."""
+    return {
+        f'{name}.{key}'
+        for name, module in model.named_modules()
+        if isinstance(module, (PolyNL1d, PolyNL2d, PolyNL3d))
+        for key in ('alpha', 'beta')
+    }
+
+
+def check_decay(model, cfg):
+    """Alpha and beta do not decay; the keys for that match nothing else."""
+    scalars = scalars_of(model)
+    decay = cfg.optimizer.get('weight_decay', 0)
+    assert decay > 0, 'a config without weight decay could not fail here'
+    without = deepcopy(cfg)
+    keys = without.get('paramwise_cfg', {}).get('custom_keys', {})
+    for key in [*keys]:
+        exempts = keys[key].get('decay_mult') == 0
+        if exempts and any(key in name for name in scalars):
+            del keys[key]
+    after = settings_by_name(model, cfg)
+    before = settings_by_name(model, without)
+    assert after.keys() == before.keys() >= scalars
+    for name, (lr, decay) in after.items():
+        if name in scalars:
+            assert decay == 0, f'{name} decays'
+        else:
+            assert (lr, decay) == before[name], f'{name} is matched too'
+
+
+def test_there_are_configs():
+    assert LEAVES
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_parses(name):
+    assert Config.fromfile(CONFIGS / name).to_dict()
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_model_builds_and_scalars_do_not_decay(name):
+    cfg = Config.fromfile(CONFIGS / name)
+    pytest.importorskip(cfg.default_scope)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        # A layer that is asked for, but by a plug-in of no stage, say, would
+        # make the config claim what it does not do.
+        assert bool(scalars_of(model)) == (
+            'polynl_mm.PolyNL' in str(cfg.model)
+        )
+        if scalars_of(model):
+            check_decay(model, cfg.optim_wrapper)
