@@ -1,0 +1,120 @@
+# Sourced by quickstart.sh and run_tests.sh: leaves a working environment
+# active and the repository root in $ROOT.
+#
+# An active environment that already runs torch, mmcv's compiled operations,
+# mmdet and mmseg is taken as it is. Otherwise one is made in $POLYNL_VENV (by
+# default .venv in the repository) and the stack installed into it; what is
+# there already is not built again.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# The package and the tools of this checkout come first everywhere.
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+MMCV_VERSION=2.1.0
+MMCV_FILES=77 # C++ sources in mmcv 2.1.0
+
+say() { echo "[setup] $*"; }
+die() {
+    echo "[setup] error: $*" >&2
+    exit 1
+}
+
+host_stack_works() {
+    "$1" - > /dev/null 2>&1 << 'PY'
+import mmengine, torch
+from mmcv.ops import nms
+import mmdet, mmseg
+import pkg_resources
+nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+PY
+}
+
+# Light packages, as "module:package" pairs that are not importable.
+missing_light() {
+    "$1" - << 'PY'
+from importlib.util import find_spec
+needed = ['skimage:scikit-image', 'sklearn:scikit-learn', 'scipy:scipy',
+          'ftfy:ftfy', 'regex:regex', 'pytest:pytest',
+          'hypothesis:hypothesis', 'ruff:ruff']
+print(*(pair.split(':')[1] for pair in needed
+        if find_spec(pair.split(':')[0]) is None))
+PY
+}
+
+install_mmcv() {
+    local log=$VENV/mmcv-build.log scratch start=$SECONDS last=0 minutes
+    scratch=$(mktemp -d)
+    say "mmcv $MMCV_VERSION comes as source: $MMCV_FILES C++ files, about" \
+        "9 minutes on two cores, seconds if pip built it here before"
+    # -g0 -O2 halves the time of Python's default flags.
+    TMPDIR=$scratch CFLAGS=${CFLAGS:--g0 -O2} MAX_JOBS=${MAX_JOBS:-$(nproc)} \
+        python -m pip install --no-build-isolation "$@" \
+        "mmcv==$MMCV_VERSION" > "$log" 2>&1 &
+    local pid=$!
+    trap 'kill "$pid"; exit 130' INT TERM
+    while kill -0 "$pid" 2> /dev/null; do
+        sleep 2
+        if ((SECONDS - start - last >= 30)); then
+            last=$((SECONDS - start))
+            minutes=$((last / 60)).$((last % 60 / 6))
+            say "mmcv: $(find "$scratch" -name '*.o' 2> /dev/null | wc -l)" \
+                "of $MMCV_FILES files compiled, $minutes min"
+        fi
+    done
+    wait "$pid" || die "mmcv did not build, see $log"
+    trap - INT TERM
+    rm -rf "$scratch"
+}
+
+install_stack() {
+    command -v g++ > /dev/null || die "g++ is missing: mmcv is built from" \
+        "source (Debian: apt-get install g++)"
+    say "torch and build tools"
+    # The exact version lets pip take the CPU build where one is set up.
+    python -m pip install -q torch==2.13.0 'setuptools<81' wheel ninja \
+        || die "pip could not install torch"
+    if ! python -c 'from mmcv.ops import nms' 2> /dev/null; then
+        install_mmcv
+        # pip keys its cache by the source, not by the torch it was built for.
+        python -c 'from mmcv.ops import nms' 2> /dev/null \
+            || install_mmcv --no-cache-dir --force-reinstall --no-deps
+    fi
+    say "mmengine, mmdet, mmseg and small packages"
+    python -m pip install -q --no-build-isolation mmengine==0.10.7 \
+        mmdet==3.3.0 mmsegmentation==1.2.2 \
+        -e "$ROOT[det,seg,mini,tests]" || die "pip could not install the stack"
+    host_stack_works python || die "the stack is installed in $VENV but does" \
+        "not import: python -c 'import mmdet, mmseg; from mmcv.ops import nms'"
+}
+
+setup_env() {
+    local base=${PYTHON:-python3} light
+    if host_stack_works python; then
+        light=$(missing_light python)
+        [[ -z $light ]] || die "the active environment lacks: $light" \
+            "(pip install $light)"
+        say "using the active environment, $(python -c \
+            'import sys; print(sys.prefix)')"
+        return
+    fi
+    VENV=${POLYNL_VENV:-$ROOT/.venv}
+    if [[ ! -x $VENV/bin/python ]]; then
+        command -v "$base" > /dev/null || die "$base is missing"
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 9))' \
+            || die "Python 3.9 or newer is needed, $base is $("$base" -V)"
+        say "making an environment in $VENV"
+        "$base" -m venv "$VENV" || die "$base -m venv failed (Debian:" \
+            "apt-get install python3-venv)"
+    fi
+    # shellcheck disable=SC1091
+    source "$VENV/bin/activate"
+    if host_stack_works python && [[ -z $(missing_light python) ]]; then
+        say "$VENV is complete"
+    else
+        install_stack
+        say "$VENV is complete after $((SECONDS / 60)) min"
+    fi
+}
+
+setup_env
