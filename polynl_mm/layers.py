@@ -10,7 +10,7 @@ from mmengine.model import constant_init, xavier_init
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
-from .ops import FORMS, poly_nl
+from .ops import FORMS, autocast_dtype, no_autocast, poly_nl
 from .registry import MODELS
 
 __all__ = ['PolyNL1d', 'PolyNL2d', 'PolyNL3d']
@@ -45,8 +45,8 @@ class _PolyNL(nn.Module):
         bias (bool): Whether the three 1x1 convolutions have biases.
         norm_cfg (dict, optional): Normalise the branch,
             :math:`Y = \alpha X + \beta \, norm((\Phi(\cdot) \odot X) W_3)`.
-            Costs another pass over X. With a BatchNorm it warns, because
-            hosts freeze the statistics (``norm_eval=True``).
+            Runs in float32 and costs more passes over X. With a BatchNorm it
+            warns, because hosts freeze the statistics (``norm_eval=True``).
         form (str): ``'auto'``, ``'direct'`` or ``'gram'``, see
             :func:`polynl_mm.ops.poly_nl`. Parameters, checkpoints and results
             are the same in each.
@@ -87,6 +87,11 @@ class _PolyNL(nn.Module):
                 'beta_init=0 with zero_init_w3=True can never learn: every '
                 'gradient of the branch is zero. Set one of them only'
             )
+        if zero_init_w3 and norm_cfg is not None:
+            raise ValueError(
+                f'norm_cfg={norm_cfg} with zero_init_w3=True divides by the '
+                'spread of a branch that is zero; start with beta_init=0'
+            )
         self.in_channels = in_channels
         self.alpha_init = alpha_init
         self.beta_init = beta_init
@@ -97,11 +102,17 @@ class _PolyNL(nn.Module):
         self.w3 = self._conv(in_channels, in_channels, 1, bias=bias)
         self.alpha = nn.Parameter(torch.empty(1))
         self.beta = nn.Parameter(torch.empty(1))
-        self.norm = self._build_norm(norm_cfg) if norm_cfg else None
+        self.norm = None
+        if norm_cfg is not None:
+            self.norm = self._build_norm(norm_cfg)
         # Here too: a host that loads a checkpoint calls no init_weights.
         self.init_weights()
 
     def _build_norm(self, norm_cfg: dict) -> nn.Module:
+        if norm_cfg.get('type') in ('BN', 'IN'):
+            # To mmcv these names mean the two-dimensional ones.
+            kind = f'{norm_cfg["type"]}{self._spatial_dims}d'
+            norm_cfg = {**norm_cfg, 'type': kind}
         norm = build_norm_layer(norm_cfg, self.in_channels)[1]
         if isinstance(norm, nn.LayerNorm):
             raise ValueError(
@@ -139,22 +150,24 @@ class _PolyNL(nn.Module):
                 'the host announced another channel count for this position '
                 "than it delivers; choose another, such as 'after_conv3'"
             )
-        residual_in_op = self.norm is None
-        y = poly_nl(
-            x,
-            self.w1.weight.flatten(1),
-            self.w2.weight.flatten(1),
-            self.w3.weight.flatten(1),
-            self.alpha if residual_in_op else 0.0,
-            self.beta if residual_in_op else 1.0,
-            self.w1.bias,
-            self.w2.bias,
-            self.w3.bias,
-            form=self.form,
-        )
-        if residual_in_op:
-            return y
-        return self.alpha * x + self.beta * self.norm(y)
+        weights = [w.weight.flatten(1) for w in (self.w1, self.w2, self.w3)]
+        biases = [w.bias for w in (self.w1, self.w2, self.w3)]
+        if self.norm is None:
+            scalars = (self.alpha, self.beta)
+            return poly_nl(x, *weights, *scalars, *biases, form=self.form)
+        # The branch is cubic in x: until it is normalised, it may exceed what
+        # float16 holds, whatever the size of x and Y.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with no_autocast(x):
+            tensors = [x, *weights, 0.0, 1.0, *biases]
+            tensors = [
+                t.to(dtype) if isinstance(t, Tensor) else t for t in tensors
+            ]
+            branch = poly_nl(*tensors, form=self.form)
+            like = next(self.norm.parameters(), branch)
+            branch = self.norm(branch.to(like.dtype))
+            y = self.alpha * x + self.beta * branch
+        return y.to(autocast_dtype(x))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of the layer."""
@@ -163,7 +176,7 @@ class _PolyNL(nn.Module):
 
 @MODELS.register_module()
 class PolyNL1d(_PolyNL):
-    """Poly-NL over sequences."""
+    """Poly-NL over sequences; arguments as :class:`_PolyNL`."""
 
     _conv = nn.Conv1d
     _spatial_dims = 1
@@ -171,7 +184,7 @@ class PolyNL1d(_PolyNL):
 
 @MODELS.register_module()
 class PolyNL2d(_PolyNL):
-    """Poly-NL over images and feature maps."""
+    """Poly-NL over feature maps; arguments as :class:`_PolyNL`."""
 
     _conv = nn.Conv2d
     _spatial_dims = 2
@@ -179,11 +192,7 @@ class PolyNL2d(_PolyNL):
 
 @MODELS.register_module()
 class PolyNL3d(_PolyNL):
-    """Poly-NL over videos and volumes."""
+    """Poly-NL over videos and volumes; arguments as :class:`_PolyNL`."""
 
     _conv = nn.Conv3d
     _spatial_dims = 3
-
-
-for _layer in (PolyNL1d, PolyNL2d, PolyNL3d):
-    _layer.__doc__ += _PolyNL.__doc__.partition('\n')[2]

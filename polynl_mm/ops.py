@@ -30,8 +30,8 @@ activations kept for backward.
 
 because :math:`(W_1 x)_c (W_2 x)_c = w_{1c}^T x x^T w_{2c}`, where
 :math:`w_{ic}` is row c of :math:`W_i`. Nothing of size N x C is made but Y,
-and only X is kept for backward. With biases and the mean position
-:math:`m = \tfrac1N \sum_n x_n`, :math:`u = W_1 x + b_1` and
+and only X and a few C x C matrices are kept for backward. With biases and the
+mean position :math:`m = \tfrac1N \sum_n x_n`, :math:`u = W_1 x + b_1` and
 :math:`v = W_2 x + b_2` add to the gate
 
 .. math::
@@ -84,8 +84,9 @@ FORMS = ('auto', 'direct', 'gram')
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MIN_PANEL = 128
 _HALF = (torch.float16, torch.bfloat16)
-# torch >= 2.3 tells
+# Newer torch tells.
 _is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 _BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, 'dtype')  # torch >= 2.8
 
 # Multiply-adds that take as long as one byte of an N x C temporary written
@@ -140,13 +141,18 @@ def poly_nl(
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *p)
     )
+    if form == 'auto' and _is_exporting():
+        # The choice would become part of the program, for every size.
+        form = 'gram'
     if form == 'auto':
         n, c = math.prod(x.shape[2:]), x.shape[1]
         form = choose_form(n, c, needs_grad, x.element_size())
-    with _no_autocast(x):
+    with no_autocast(x):
         if form == 'direct':
             return _direct(x, p)
-        return _PolyNLGram.apply(x, *p) if needs_grad else _gram(x, p)[0]
+        if needs_grad and not torch.jit.is_tracing():
+            return _PolyNLGram.apply(x, *p)
+        return _gram(x, p)[0]
 
 
 def poly_nl_direct(x, w1, w2, w3, alpha, beta, b1=None, b2=None, b3=None):
@@ -183,7 +189,7 @@ def choose_form(n: int, c: int, backward: bool, itemsize: int = 4) -> str:
         direct, gram, temporaries = 9 * n * c**2, 5 * n * c**2 + 3 * c**3, 18
     else:
         direct, gram, temporaries = 3 * n * c**2, 2 * n * c**2 + c**3, 7
-    direct += _MACS_PER_BYTE * temporaries * n * c * itemsize
+    direct = direct + _MACS_PER_BYTE * temporaries * n * c * itemsize
     return 'gram' if gram <= direct else 'direct'
 
 
@@ -271,7 +277,7 @@ class _PolyNLGram(torch.autograd.Function):
                 "(create_graph=True); use form='direct'"
             )
         x, *saved = ctx.saved_tensors
-        with _no_autocast(x):
+        with no_autocast(x):
             return _gram_backward(
                 dy, x, _Params(*saved[:8]), *saved[8:], ctx.needs_input_grad
             )
@@ -339,8 +345,10 @@ def _mix(
     """
     matrix, xf = matrix.to(x.dtype), x.flatten(2)
     if _is_traced():
-        # Exporters know no ``out=``; they make views harmless themselves.
+        # Exporters know no ``out=``.
         y = torch.matmul(matrix, xf).view(x.shape)
+        # A copy owns its memory, too; compilers remove it where they can.
+        y = y if torch.jit.is_tracing() else y.clone()
         return y if onto is None else onto + y
     y = _empty_like(x if like is None else like) if onto is None else onto
     yf = y.view(*y.shape[:2], -1) if y.numel() else y.flatten(2)
@@ -408,9 +416,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3):
     """Check the arguments; bring them to the dtypes to compute in."""
     _check(x, w1, w2, w3, alpha, beta, b1, b2, b3)
-    autocast = _autocast_dtype(x.device.type)
-    if autocast is not None and x.dtype != torch.float64:
-        x = x.to(autocast)
+    x = x.to(autocast_dtype(x))
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
     if (b1 is None) != (b2 is None):
         b1 = w1.new_zeros(len(w1)) if b1 is None else b1
@@ -437,10 +443,14 @@ def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3):
     if x.dtype not in (*_HALF, torch.float32, torch.float64):
         raise ValueError(f'x must be floating point, got {x.dtype}')
     c = x.shape[1]
-    autocast = _autocast_dtype(x.device.type) is not None
+    autocast = _is_autocast_on(x.device.type)
     named = dict(w1=w1, w2=w2, w3=w3, b1=b1, b2=b2, b3=b3)
     for name, t in dict(named, alpha=alpha, beta=beta).items():
         if not isinstance(t, Tensor):
+            allowed = (type(None),) if name[0] == 'b' else ()
+            allowed = allowed if name in named else (int, float)
+            if not isinstance(t, allowed):
+                raise ValueError(f'{name} must be a tensor, got {t!r}')
             continue
         if t.dtype != x.dtype and not autocast:
             raise ValueError(
@@ -459,24 +469,31 @@ def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3):
             )
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast casts to, None where it is off."""
-    try:
-        enabled = torch.is_autocast_enabled(device_type)
-    except TypeError:  # torch < 2.4 asks per device
-        if device_type == 'cpu':
-            on, dtype = (
-                torch.is_autocast_cpu_enabled,
-                torch.get_autocast_cpu_dtype,
-            )
-        else:
-            on, dtype = torch.is_autocast_enabled, torch.get_autocast_gpu_dtype
-        return dtype() if on() else None
-    return torch.get_autocast_dtype(device_type) if enabled else None
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if it is on, hands x to a convolution."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not _is_autocast_on(device):
+        return x.dtype
+    if hasattr(torch, 'get_autocast_dtype'):
+        return torch.get_autocast_dtype(device)
+    if device == 'cpu':  # torch < 2.4
+        return torch.get_autocast_cpu_dtype()
+    return torch.get_autocast_gpu_dtype()
 
 
-def _no_autocast(x: Tensor):
+def no_autocast(x: Tensor):
     """Within it every product runs in the dtype it is given."""
-    if _autocast_dtype(x.device.type) is None:
+    if not _is_autocast_on(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _is_autocast_on(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:  # torch < 2.4
+        if device == 'cpu':
+            return torch.is_autocast_cpu_enabled()
+        return torch.is_autocast_enabled()
+    except RuntimeError:  # a device without autocast, such as 'meta'
+        return False

@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 from mmcv.cnn import build_plugin_layer
+from mmengine.analysis import get_model_complexity_info
 from mmengine.model import kaiming_init
 from oracles import poly_nl_loop
-from test_ops import assert_near, count_flops
+from test_ops import HALF_TOLERANCE, OLD_TORCH, assert_near, count_flops
 from torch import nn
 
 from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
@@ -132,6 +133,48 @@ def test_norm_of_the_branch(form):
     assert_near(layer(x), want.detach(), 1e-5)
 
 
+@pytest.mark.parametrize('form', ['direct', 'gram'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_norm_of_a_branch_beyond_float16(form, dtype):
+    if dtype == torch.float16 and OLD_TORCH:
+        pytest.skip('this torch has no float16 on a CPU')
+    norm_cfg = dict(type='GN', num_groups=2)
+    layer = PolyNL2d(6, beta_init=1.0, norm_cfg=norm_cfg, form=form)
+    plain = PolyNL2d(6, alpha_init=0.0, beta_init=1.0)
+    plain.load_state_dict(
+        {**layer.state_dict(), **plain.state_dict()}
+        | {k: v for k, v in layer.state_dict().items() if k[0] == 'w'},
+        strict=False,
+    )
+    x = (100 * torch.randn(2, 6, 7, 3)).to(dtype)
+    branch = oracle(plain, x)
+    assert branch.abs().max() > 65504
+    want = x.double() + torch.nn.functional.group_norm(branch, 2)
+    with torch.autocast('cpu', dtype=dtype):
+        y = layer(x)
+        assert y.dtype == plain(x).dtype == dtype
+    assert_near(y, want, HALF_TOLERANCE[dtype])
+
+
+@each_layer
+@pytest.mark.parametrize('kind', ['BN', 'IN'])
+def test_norm_of_the_right_dimension(dims, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        layer = LAYERS[dims](6, norm_cfg=dict(type=kind))
+    x = torch.randn(2, 6, *SPATIAL[dims])
+    assert torch.equal(layer(x), x)
+
+
+def test_flops_that_mmengine_counts():
+    """It traces the model as it is, wanting gradients."""
+    c, n = 16, 128
+    counted = get_model_complexity_info(
+        PolyNL2d(c), (c, 16, n // 16), show_table=False, show_arch=False
+    )
+    assert counted['flops'] >= 2 * n * c**2 + c**3
+
+
 def test_batch_norm_warns_and_layer_norm_is_refused():
     with pytest.warns(UserWarning, match='norm_eval=True'):
         PolyNL2d(6, norm_cfg=dict(type='BN'))
@@ -161,6 +204,15 @@ def test_plugin_contract():
         (
             dict(in_channels=5, zero_init_w3=True),
             'beta_init=0 with zero_init_w3=True can never learn',
+        ),
+        (
+            dict(
+                in_channels=6,
+                beta_init=1.0,
+                zero_init_w3=True,
+                norm_cfg=dict(type='GN', num_groups=2),
+            ),
+            "norm_cfg=.*'GN'.* with zero_init_w3=True",
         ),
     ],
 )

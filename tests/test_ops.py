@@ -24,6 +24,7 @@ cuda = pytest.param(
     ),
 )
 both_forms = pytest.mark.parametrize('form', FORMS)
+all_forms = pytest.mark.parametrize('form', ops.FORMS)
 
 
 def make_inputs(shape, bias=False, dtype=torch.float64, device='cpu', seed=0):
@@ -291,6 +292,12 @@ def gradients_by_backward(y, inputs, dy):
     return {k: t.grad for k, t in zip(NAMES, inputs) if t is not None}
 
 
+def test_shapes_on_the_meta_device():
+    inputs = [t.detach().to('meta') for t in make_inputs((2, 5, 7, 3))[:6]]
+    for form in ops.FORMS:
+        assert poly_nl(*inputs, form=form).shape == (2, 5, 7, 3)
+
+
 def count_flops(f, *args):
     with FlopCounterMode(display=False) as counter:
         out = f(*args)
@@ -413,41 +420,63 @@ def test_only_x_is_kept_for_backward():
     assert len([t for t in direct if t.numel() >= x.numel() / 2]) >= 4
 
 
-@both_forms
-def test_traced_at_one_size_runs_at_another(form):
-    inputs = [t.detach() for t in make_inputs((2, 5, 7, 3), bias=True)]
-    other = make_inputs((1, 5, 4, 6), seed=1)[0].detach()
-    function = FORMS[form]
-    traced = torch.jit.trace(
-        lambda x: function(x, *inputs[1:]), inputs[0], check_trace=False
-    )
-    want = poly_nl_loop(other, *inputs[1:])
-    assert_near(traced(other), want, 1e-13)
+class InPlace(torch.nn.Module):
+    """As a host's block: the parameters want gradients; it adds in place."""
 
-
-class Wrapped(torch.nn.Module):
     def __init__(self, inputs, form):
         super().__init__()
         self.form = form
         self.params = torch.nn.ParameterList(inputs[1:6])
 
     def forward(self, x):
-        return poly_nl(x, *self.params, form=self.form)
+        y = poly_nl(x, *self.params, form=self.form)
+        y += x
+        return y
 
 
-@both_forms
+@all_forms
+def test_traced_at_one_size_runs_at_another(form, tmp_path):
+    inputs = make_inputs((2, 5, 7, 3))
+    other = make_inputs((1, 5, 2, 1), seed=1)[0].detach()
+    traced = torch.jit.trace(
+        InPlace(inputs, form), inputs[0].detach(), check_trace=False
+    )
+    traced.save(tmp_path / 'traced.pt')
+    traced = torch.jit.load(tmp_path / 'traced.pt')
+    want = poly_nl_loop(other, *inputs[1:]) + other
+    assert_near(traced(other), want, 1e-13)
+
+
+@all_forms
+@pytest.mark.skipif(OLD_TORCH, reason='torch.compile came of age in 2.5')
+def test_compiled_in_one_graph(form):
+    inputs = make_inputs((2, 5, 7, 3))
+    model = InPlace(inputs, form)
+    inputs = [inputs[0], *model.params, None, None, None]
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    truth = poly_nl_loop(*inputs) + inputs[0]
+    dy = torch.randn_like(truth)
+    # Not a leaf, as x is not one within a network.
+    y = compiled(inputs[0] * 1)
+    assert_near(y, truth, 1e-13)
+    wants, gots = gradients(truth, inputs, dy), gradients(y, inputs, dy)
+    for name, want in wants.items():
+        assert_near(gots[name], want, 1e-12, name)
+
+
+@all_forms
 @pytest.mark.skipif(OLD_TORCH, reason='torch.export came of age in 2.5')
 def test_exported_with_dynamic_size(form):
     inputs = make_inputs((2, 5, 7, 3))
-    other = make_inputs((3, 5, 4, 6), seed=1)[0].detach()
-    model = Wrapped(inputs, form).eval()
+    other = make_inputs((3, 5, 1, 2), seed=1)[0].detach()
+    model = InPlace(inputs, form).eval()
     auto = torch.export.Dim.AUTO
     program = torch.export.export(
         model,
         (inputs[0].detach(),),
         dynamic_shapes=[{0: auto, 2: auto, 3: auto}],
     )
-    want = poly_nl_loop(other, *inputs[1:])
+    want = poly_nl_loop(other, *inputs[1:]) + other
     assert_near(program.module()(other), want, 1e-13)
 
 
@@ -463,6 +492,8 @@ def test_exported_with_dynamic_size(form):
         (dict(b2=torch.ones(4).double()), r'b2 .*\(5,\).*\(4,\)'),
         (dict(beta=torch.ones(5).double()), r'beta .*one element.*\(5,\)'),
         (dict(w2=torch.ones(5, 5)), 'w2 has dtype torch.float32 .*float64'),
+        (dict(w2=None), 'w2 must be a tensor, got None'),
+        (dict(beta='1'), "beta must be a tensor, got '1'"),
         (dict(form='fast'), "form must be one of .*'fast'"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else '',

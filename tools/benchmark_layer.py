@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / 'polynl_mm').is_dir():
     sys.path.insert(0, str(ROOT))
 
-from polynl_mm.ops import FORMS, choose_form, poly_nl  # noqa: E402
+from polynl_mm.ops import FORMS, choose_form, poly_nl
 
 try:
     from mmcv.cnn.bricks import ContextBlock, NonLocal2d
@@ -149,7 +149,9 @@ def take_turns(calls: dict, seconds: float, device: str) -> dict:
         due = [
             name
             for name, t in times.items()
-            if len(t) < 5 or (sum(t) < seconds and len(t) < 200)
+            if len(t) < 3
+            or (sum(t) < 4 * seconds and len(t) < 5)
+            or (sum(t) < seconds and len(t) < 200)
         ]
         if not due:
             return times
@@ -363,6 +365,7 @@ def goals(rows: list) -> list:
             ),
         )
     slopes = []
+    # Two positions at least four times the channels, the largest ones.
     for c in sorted({r['c'] for r in rows}):
         few, many = ([None] * 2 + [r for r in rows if r['c'] == c])[-2:]
         if few is None or few['n'] < 4 * c:
@@ -410,14 +413,14 @@ def parse_args() -> argparse.Namespace:
         '--positions',
         type=int,
         nargs='+',
-        default=[256, 1024, 4096, 16384],
+        default=[256, 1024, 2048, 4096, 8192, 16384],
         metavar='N',
     )
     parser.add_argument(
         '--seconds',
         type=float,
-        default=4.0,
-        help='time for each contender and mode (at least five runs)',
+        default=2.0,
+        help='time for each contender and mode (three runs at least)',
     )
     parser.add_argument(
         '--no-memory', action='store_true', help='leave out peak memory'

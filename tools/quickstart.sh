@@ -4,11 +4,11 @@
 # finds. Everything goes to work_dirs/quickstart/, made anew at every run.
 set -euo pipefail
 # shellcheck source=tools/setup_env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" skimage sklearn scipy
 cd "$ROOT"
 
 CONFIG=configs/mini/retinanet_r50-polynl_mini-wider.py
-DATA=data/mini_wider
+DATA=data/mini_wider # where the config looks for it
 OUT=work_dirs/quickstart
 started=$SECONDS
 
@@ -35,14 +35,14 @@ status=${PIPESTATUS[0]}
 set -e
 if ((status != 0)) || [[ ! -s $OUT/train/last_checkpoint ]]; then
     die "training failed (exit code $status), see $OUT/train.log:" \
-        "$(tail -n 1 "$OUT/train.log")"
+        "$(grep -iE 'error' "$OUT/train.log" | tail -n 1)"
 fi
 
 checkpoint=$(< "$OUT/train/last_checkpoint")
 say "evaluating $checkpoint and drawing what it finds"
 python tools/test.py "$CONFIG" "$checkpoint" --work-dir "$OUT/test" \
     --show-dir pictures > "$OUT/test.log" 2>&1 \
-    || die "evaluation failed: $(tail -n 1 "$OUT/test.log")"
+    || die "evaluation failed, see $OUT/test.log: $(tail -n 1 "$OUT/test.log")"
 
 python - "$OUT" "$CONFIG" "$checkpoint" << 'PY'
 import json
@@ -74,8 +74,8 @@ summary = dict(
 (out / 'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
 print(f"""
 AP on val pictures, whose faces were never seen in training:
-  after the first of {len(by_epoch)} epochs  {by_epoch[0]:.3f}
-  at the end, by tools/test.py  {summary['ap']:.3f}   \
+  after the first epoch          {by_epoch[0]:.3f}
+  at the end, by tools/test.py   {summary['ap']:.3f}   \
 (AP at IoU 0.5: {result['coco/bbox_mAP_50']:.3f})
 AP is COCO's: precision averaged over recall and over IoU 0.50 to 0.95, 1 is
 perfect. It tells that the whole chain learns, and nothing about WIDER Face.

@@ -2,8 +2,9 @@
 # Set up and run the whole suite; arguments go to pytest.
 set -euo pipefail
 # shellcheck source=tools/setup_env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" \
+    skimage sklearn scipy pytest hypothesis ruff
 cd "$ROOT"
 python -m ruff check .
 python -m ruff format --check .
-exec python -m pytest tests "$@"
+exec python -m pytest "$@"

@@ -1,5 +1,6 @@
-# Sourced by quickstart.sh and run_tests.sh: leaves a working environment
-# active and the repository root in $ROOT.
+# Sourced by quickstart.sh and run_tests.sh, with the light modules they need
+# as arguments: leaves a working environment active and the repository root in
+# $ROOT.
 #
 # An active environment that already runs torch, mmcv's compiled operations,
 # mmdet and mmseg is taken as it is. Otherwise one is made in $POLYNL_VENV (by
@@ -21,7 +22,7 @@ die() {
 }
 
 host_stack_works() {
-    "$1" - > /dev/null 2>&1 << 'PY'
+    python - > /dev/null 2>&1 << 'PY'
 import mmengine, torch
 from mmcv.ops import nms
 import mmdet, mmseg
@@ -30,15 +31,13 @@ nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 PY
 }
 
-# Light packages, as "module:package" pairs that are not importable.
+# Packages of those modules among its arguments that are not there.
 missing_light() {
-    "$1" - << 'PY'
+    python - "$@" << 'PY'
+import sys
 from importlib.util import find_spec
-needed = ['skimage:scikit-image', 'sklearn:scikit-learn', 'scipy:scipy',
-          'ftfy:ftfy', 'regex:regex', 'pytest:pytest',
-          'hypothesis:hypothesis', 'ruff:ruff']
-print(*(pair.split(':')[1] for pair in needed
-        if find_spec(pair.split(':')[0]) is None))
+package = dict(skimage='scikit-image', sklearn='scikit-learn')
+print(*(package.get(m, m) for m in sys.argv[1:] if find_spec(m) is None))
 PY
 }
 
@@ -47,12 +46,15 @@ install_mmcv() {
     scratch=$(mktemp -d)
     say "mmcv $MMCV_VERSION comes as source: $MMCV_FILES C++ files, about" \
         "9 minutes on two cores, seconds if pip built it here before"
-    # -g0 -O2 halves the time of Python's default flags.
+    # -g0 -O2 halves the time of Python's default flags. A process group of
+    # its own, so that an interrupt ends the compilers, too.
+    set -m
     TMPDIR=$scratch CFLAGS=${CFLAGS:--g0 -O2} MAX_JOBS=${MAX_JOBS:-$(nproc)} \
         python -m pip install --no-build-isolation "$@" \
         "mmcv==$MMCV_VERSION" > "$log" 2>&1 &
     local pid=$!
-    trap 'kill "$pid"; exit 130' INT TERM
+    set +m
+    trap 'kill -- "-$pid"; rm -rf "$scratch"; exit 130' INT TERM
     while kill -0 "$pid" 2> /dev/null; do
         sleep 2
         if ((SECONDS - start - last >= 30)); then
@@ -62,18 +64,28 @@ install_mmcv() {
                 "of $MMCV_FILES files compiled, $minutes min"
         fi
     done
-    wait "$pid" || die "mmcv did not build, see $log"
+    local status=0
+    wait "$pid" || status=$?
     trap - INT TERM
     rm -rf "$scratch"
+    ((status == 0)) || die "mmcv did not build, see $log"
 }
 
 install_stack() {
     command -v g++ > /dev/null || die "g++ is missing: mmcv is built from" \
         "source (Debian: apt-get install g++)"
+    [[ -f $(python -c 'import sysconfig; print(sysconfig.get_path("include"))'
+    )/Python.h ]] || die "Python.h is missing: mmcv is built from source" \
+        "(Debian: apt-get install python3-dev)"
     say "torch and build tools"
     # The exact version lets pip take the CPU build where one is set up.
     python -m pip install -q torch==2.13.0 'setuptools<81' wheel ninja \
         || die "pip could not install torch"
+    python -m pip install -q mmengine==0.10.7 \
+        || die "pip could not install mmengine"
+    local reason
+    reason=$(python -c 'import cv2' 2>&1) || die "OpenCV does not load:" \
+        "${reason##*$'\n'} (Debian: apt-get install libgl1 libglib2.0-0)"
     if ! python -c 'from mmcv.ops import nms' 2> /dev/null; then
         install_mmcv
         # pip keys its cache by the source, not by the torch it was built for.
@@ -84,14 +96,14 @@ install_stack() {
     python -m pip install -q --no-build-isolation mmengine==0.10.7 \
         mmdet==3.3.0 mmsegmentation==1.2.2 \
         -e "$ROOT[det,seg,mini,tests]" || die "pip could not install the stack"
-    host_stack_works python || die "the stack is installed in $VENV but does" \
+    host_stack_works || die "the stack is installed in $VENV but does" \
         "not import: python -c 'import mmdet, mmseg; from mmcv.ops import nms'"
 }
 
 setup_env() {
     local base=${PYTHON:-python3} light
-    if host_stack_works python; then
-        light=$(missing_light python)
+    if host_stack_works; then
+        light=$(missing_light "$@")
         [[ -z $light ]] || die "the active environment lacks: $light" \
             "(pip install $light)"
         say "using the active environment, $(python -c \
@@ -99,17 +111,18 @@ setup_env() {
         return
     fi
     VENV=${POLYNL_VENV:-$ROOT/.venv}
-    if [[ ! -x $VENV/bin/python ]]; then
+    # activate is what venv writes last.
+    if [[ ! -f $VENV/bin/activate ]]; then
         command -v "$base" > /dev/null || die "$base is missing"
-        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 9))' \
-            || die "Python 3.9 or newer is needed, $base is $("$base" -V)"
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+            || die "torch needs Python 3.10 or newer, $base is $("$base" -V)"
         say "making an environment in $VENV"
         "$base" -m venv "$VENV" || die "$base -m venv failed (Debian:" \
             "apt-get install python3-venv)"
     fi
     # shellcheck disable=SC1091
     source "$VENV/bin/activate"
-    if host_stack_works python && [[ -z $(missing_light python) ]]; then
+    if host_stack_works && [[ -z $(missing_light "$@") ]]; then
         say "$VENV is complete"
     else
         install_stack
@@ -117,4 +130,4 @@ setup_env() {
     fi
 }
 
-setup_env
+setup_env "$@"

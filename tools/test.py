@@ -5,7 +5,10 @@ import sys
 from copy import deepcopy
 from inspect import signature
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
+    # A checkout, installed or not; in a wheel the package lies around here.
+    sys.path.insert(0, ROOT)
 
 from mmengine.config import ConfigDict
 from mmengine.registry import METRICS
