@@ -238,14 +238,12 @@ def _direct(x: Tensor, p: _Params) -> Tensor:
 
 
 def _gram(x: Tensor, p: _Params) -> tuple[Tensor | None, ...]:
-    """Y, and what its gradient needs besides: M, g, S, S W1^T and m."""
+    """Y, and what its gradient needs besides: M, g, N S, N W1 S and m."""
     xf = x.flatten(2)
     n = xf.shape[-1]
-    s = _second_moment(xf).div_(n)
-    # S is symmetric, hence S W^T = (W S)^T; written in this order the whole
-    # batch is one matrix product.
-    sw1 = torch.matmul(s, p.w1.mT)
-    g = (sw1 * p.w2.mT).sum(1)
+    s = _gram_matrix(xf)
+    w1s = _each(p.w1, s)
+    g = (w1s * p.w2).sum(2) / n
     m = None
     if p.b1 is not None:
         m = xf.sum(-1, dtype=p.dtype) / n
@@ -255,7 +253,7 @@ def _gram(x: Tensor, p: _Params) -> tuple[Tensor | None, ...]:
     y = _mix(mixing, x)
     if p.b3 is not None:
         y.add_(_per_channel(p.beta * p.b3, y))
-    return y, mixing, g, s, sw1, m
+    return y, mixing, g, s, w1s, m
 
 
 class _PolyNLGram(torch.autograd.Function):
@@ -283,7 +281,7 @@ class _PolyNLGram(torch.autograd.Function):
             )
 
 
-def _gram_backward(dy, x, p, mixing, g, s, sw1, m, needed):
+def _gram_backward(dy, x, p, mixing, g, s, w1s, m, needed):
     """Gradients of x and of every member of ``p``, None where not needed."""
     need = dict(zip(('x', *p._fields), needed))
     need_gate = any(need[k] for k in ('x', 'w1', 'w2', 'b1', 'b2'))
@@ -295,6 +293,7 @@ def _gram_backward(dy, x, p, mixing, g, s, sw1, m, needed):
         dm = _matmul(dyf, xf.mT)
         t = (dm * p.w3).sum(1)
         dg = p.beta * t
+        rows = (dg / n).unsqueeze(2)
     if need['alpha']:
         d['alpha'] = dm.diagonal(dim1=1, dim2=2).sum().reshape(1)
     if need['beta']:
@@ -308,10 +307,9 @@ def _gram_backward(dy, x, p, mixing, g, s, sw1, m, needed):
             d['beta'] += p.b3 @ dy_sum
 
     if need['w1']:
-        sw2 = torch.matmul(s, p.w2.mT)
-        d['w1'] = _sum_images(sw2.mul_(dg.unsqueeze(1))).mT
+        d['w1'] = _sum_images(_each(p.w2, s).mul_(rows))
     if need['w2']:
-        d['w2'] = _sum_images(sw1 * dg.unsqueeze(1)).mT
+        d['w2'] = _sum_images(w1s * rows)
     if p.b1 is not None and need_gate:
         if need['w1']:
             d['w1'] = d['w1'] + (dg * p.b2).mT @ m
@@ -321,7 +319,7 @@ def _gram_backward(dy, x, p, mixing, g, s, sw1, m, needed):
         d['b2'] = (dg * F.linear(m, p.w1, p.b1)).sum(0)
 
     if need['x']:
-        ds = torch.matmul(p.w2.mT * (dg / n).unsqueeze(1), p.w1)
+        ds = _each(p.w1.mT, p.w2 * rows)
         d['x'] = _mix(mixing.mT, dy, like=x)
         d['x'] = _mix(ds + ds.mT, x, onto=d['x'])
         if p.b1 is not None:
@@ -381,7 +379,12 @@ def _per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.to(x.dtype).reshape(*v.shape, *(1,) * (x.dim() - 2))
 
 
-def _second_moment(xf: Tensor) -> Tensor:
+def _each(w: Tensor, matrices: Tensor) -> Tensor:
+    """W A for every (C, C) matrix A of a batch."""
+    return torch.bmm(w.expand(matrices.shape), matrices)
+
+
+def _gram_matrix(xf: Tensor) -> Tensor:
     """X X^T of (B, C, N) features, at least in float32: (B, C, C).
 
     On a CPU only the lower block triangle is multiplied out, in row panels.

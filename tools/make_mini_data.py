@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -585,7 +586,7 @@ def write_mat(file: Path, variables: dict) -> None:
 class DataSet(NamedTuple):
     """How to make a data set: called with folder, seed, sizes by split."""
 
-    make: callable
+    make: Callable
     train: int
     val: int
 

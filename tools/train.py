@@ -74,6 +74,8 @@ def set_resume(cfg, resume):
         resume = cfg.get('load_from') or 'auto'
     cfg.resume = False
     if resume is None:
+        if cfg.get('load_from'):
+            launch.check_exists(cfg.load_from)
         return
     if resume == 'auto':
         record = os.path.join(cfg.work_dir, 'last_checkpoint')

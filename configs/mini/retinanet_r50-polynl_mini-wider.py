@@ -30,7 +30,7 @@ model = dict(
         num_classes=1,
         in_channels=48,
         feat_channels=48,
-        stacked_convs=2,
+        stacked_convs=1,
         norm_cfg=dict(type='GN', num_groups=8),
         # Squares of 16 to 102 pixels, made a little higher than wide.
         anchor_generator=dict(

@@ -208,8 +208,8 @@ class WiderFaceDataset(BaseDetDataset):
         ]
         if missing:
             raise FileNotFoundError(
-                f'{missing[0]}: not there, expected by {self.ann_file} (in '
-                f'all {len(missing)} of {len(data_list)} pictures missing)'
+                f'{missing[0]}: not there, expected by {self.ann_file}; '
+                f'missing are {len(missing)} of {len(data_list)} pictures'
             )
         return data_list
 

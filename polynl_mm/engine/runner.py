@@ -62,10 +62,12 @@ class GlooRunner(Runner):
             )
         if self.distributed and not is_distributed():
             seconds = env_cfg.get('dist_cfg', {}).get('timeout')
-            torch.distributed.init_process_group(
-                'gloo',
-                timeout=None if seconds is None else timedelta(0, seconds),
+            options = (
+                {}
+                if seconds is None
+                else dict(timeout=timedelta(seconds=seconds))
             )
+            torch.distributed.init_process_group('gloo', **options)
         super().setup_env(env_cfg)
 
     def wrap_model(

@@ -297,7 +297,7 @@ def test_missing_pictures_are_counted_and_the_first_named(release):
         build(release)
     message = str(error.value)
     assert f'WIDER_train/images/{NAMES[1]}: not there' in message
-    assert '2 of 4 pictures missing' in message and ANN in message
+    assert 'missing are 2 of 4 pictures' in message and ANN in message
 
 
 def test_malformed_annotation_says_file_and_line(release):

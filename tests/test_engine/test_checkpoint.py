@@ -176,24 +176,32 @@ def test_getattr_refusal_is_clear():
         load(data)
 
 
+def fresh(code):
+    return subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True
+    )
+
+
 def test_looking_up_a_type_of_ours_is_enough(tmp_path):
     """In a fresh process, as under the unmodified tools of a host."""
     file = tmp_path / 'history.pth'
     torch.save({'log': HistoryBuffer([1.0], [1])}, file)
-
-    def fresh(imports):
-        return subprocess.run(
-            [sys.executable, '-c']
-            + [f'{imports}; print(torch.load({str(file)!r}))'],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-
-    without = fresh('import torch, mmengine')
+    read = f'; print(torch.load({str(file)!r}))'
+    without = fresh('import torch, mmengine' + read)
     assert without.returncode != 0
     assert 'HistoryBuffer' in without.stderr
     looked_up = fresh(
-        'import torch, mmengine; mmengine.MODELS.get("polynl_mm.PolyNL2d")'
+        'import torch, mmengine; '
+        'mmengine.MODELS.get("polynl_mm.PolyNL2d")' + read
     )
     assert looked_up.returncode == 0, looked_up.stderr
+
+
+def test_unsafe_fallback_of_a_distribution_is_replaced():
+    """Another distribution of mmengine has it under this name."""
+    done = fresh(
+        'import torch, mmengine.runner.checkpoint as loading; '
+        'loading._safe_torch_load = None; import polynl_mm.engine; '
+        'assert loading._safe_torch_load is torch.load'
+    )
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ import os
 import runpy
 import shutil
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -67,14 +66,22 @@ def write(here, name, text):
     return name
 
 
+@pytest.fixture(scope='module')
+def states(place):
+    states = {}
+    for host in ('det', 'seg'):
+        cfg = Config.fromfile(place / f'{host}.py')
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            states[host] = MODELS.build(cfg.model).state_dict()
+    return states
+
+
 @pytest.fixture
-def weights(here):
-    """Save a state dict of the detector, after a change to it."""
+def weights(here, states):
+    """Save a state dict of a host's model, after a change to it."""
 
     def weights(change=lambda state: None, host='det', **more):
-        cfg = Config.fromfile(f'{host}.py')
-        with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            state = MODELS.build(deepcopy(cfg.model)).state_dict()
+        state = states[host].copy()
         change(state)
         torch.save({'state_dict': state, **more}, 'some.pth')
         return 'some.pth'
@@ -268,6 +275,21 @@ def test_annotation_file_empty(here, refuse):
     assert line.endswith(f'{here / "data/det/ann.json"} is empty')
 
 
+def test_annotation_of_ours_malformed(here, refuse):
+    write(here, 'data/faces.txt', '0--Parade/0.jpg\n1\n1 2 3\n')
+    config = write(
+        here,
+        'mine.py',
+        "_base_ = 'det.py'\n"
+        'train_dataloader = dict(dataset=dict(_delete_=True, '
+        "type='polynl_mm.WiderFaceDataset', data_root='data', "
+        "ann_file='faces.txt', data_prefix=dict(img='det/img'), "
+        'pipeline=[]))',
+    )
+    line = refuse('train', config, work_dir_made=True)
+    assert line.startswith("data/faces.txt, line 3: got '1 2 3', expected ")
+
+
 @pytest.mark.parametrize('host', ['det', 'seg'])
 def test_no_sample(here, refuse, host):
     path = here / 'data/det/ann.json'
@@ -411,7 +433,13 @@ def test_resume_finds_the_latest(here, weights):
     assert (cfg.resume, cfg.load_from) == (True, str(path))
 
 
+def test_weights_to_start_from_missing(refuse):
+    line = refuse('train', 'det.py', '--cfg-options', 'load_from=gone.pth')
+    assert line == 'checkpoint gone.pth does not exist'
+
+
 def test_fine_tuning_may_lack_keys(here):
+    write(here, 'pretrained.pth', '')
     cfg = Config.fromfile('det.py')
     cfg.load_from = 'pretrained.pth'
     set_resume(cfg, None)

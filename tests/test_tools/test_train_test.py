@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
+from mmengine.config import Config  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,6 +27,10 @@ def scalars(folder):
         for key, value in line.items()
         if key.startswith('coco/') or key in ('mIoU', 'aAcc')
     }
+
+
+def ran_model(dumped):
+    return Config.fromfile(dumped).model.type
 
 
 @pytest.fixture(scope='module')
@@ -172,8 +178,9 @@ def test_det_tta_and_pictures(place, det_tests):
     assert sorted(p.name for p in folder.iterdir()) == [
         f'{i}.png' for i in range(8)
     ]
+    assert ran_model(place / 'det_tta/det.py') == 'DetTTAModel'
     # Boxes of the mirror images were merged in.
-    assert scalars(place / 'det_tta') != scalars(place / 'det')
+    assert scalars(place / 'det_tta') != scalars(place / 'det_theirs')
 
 
 def test_seg_trains_on_two_nodes(place, seg_train):
@@ -211,5 +218,5 @@ def test_seg_metrics_and_label_maps(place, seg_tests):
 
 def test_seg_tta(place, seg_tests):
     assert seg_tests['tta'].code == 0, seg_tests['tta'].err
-    assert 'SegTTAModel' in seg_tests['tta'].out
+    assert ran_model(place / 'seg_tta/seg.py') == 'SegTTAModel'
     assert set(scalars(place / 'seg_tta')) == {'aAcc', 'mIoU'}
