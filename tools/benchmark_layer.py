@@ -70,7 +70,7 @@ def build(name: str, c: int, n: int) -> nn.Module | None:
     if name == UNIT:
         return nn.Conv2d(c, c, 1, bias=False)
     if name == 'NonLocal2d':
-        if NonLocal2d is None or n * n * c > 2**37:
+        if NonLocal2d is None or n * n * c > 2**34:
             return None
         return NonLocal2d(c, zeros_init=False)
     return None if ContextBlock is None else ContextBlock(c, ratio=1 / 16)
@@ -448,6 +448,11 @@ def main() -> None:
             for n in args.positions:
                 rows.append(run_case(c, n, args, pool))
                 row = rows[-1]
+                result = dict(
+                    machine=machine(args.device), rows=rows, goals=goals(rows)
+                )
+                if args.json:
+                    Path(args.json).write_text(json.dumps(result, indent=1))
                 print(
                     f'C={c} N={n}: auto / conv '
                     + ', '.join(
@@ -456,9 +461,6 @@ def main() -> None:
                     ),
                     flush=True,
                 )
-    result = dict(machine=machine(args.device), rows=rows, goals=goals(rows))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
     for mode in MODES:
         print(f'\n{mode}, time in units of one 1x1 convolution\n')
         print(table(rows, mode))
