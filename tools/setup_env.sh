@@ -79,9 +79,9 @@ install_stack() {
         "(Debian: apt-get install python3-dev)"
     say "torch and build tools"
     # The exact version lets pip take the CPU build where one is set up.
-    python -m pip install -q torch==2.13.0 'setuptools<81' wheel ninja \
+    python -m pip install -qq torch==2.13.0 'setuptools<81' wheel ninja \
         || die "pip could not install torch"
-    python -m pip install -q mmengine==0.10.7 \
+    python -m pip install -qq mmengine==0.10.7 \
         || die "pip could not install mmengine"
     local reason
     reason=$(python -c 'import cv2' 2>&1) || die "OpenCV does not load:" \
@@ -93,7 +93,7 @@ install_stack() {
             || install_mmcv --no-cache-dir --force-reinstall --no-deps
     fi
     say "mmengine, mmdet, mmseg and small packages"
-    python -m pip install -q --no-build-isolation mmengine==0.10.7 \
+    python -m pip install -qq --no-build-isolation mmengine==0.10.7 \
         mmdet==3.3.0 mmsegmentation==1.2.2 \
         -e "$ROOT[det,seg,mini,tests]" || die "pip could not install the stack"
     host_stack_works || die "the stack is installed in $VENV but does" \
