@@ -29,13 +29,15 @@ print(s.getsockname()[1])'
 export PORT=${PORT:-$(python -c "$free_port")}
 set +e
 bash tools/dist_train.sh "$CONFIG" "$processes" --work-dir "$OUT/train" 2>&1 |
-    tee "$OUT/train.log" | grep --line-buffered -E \
-    'Epoch\(train\).*\[ *[0-9]*[05]0/|bbox_mAP:|[Ee]rror'
+    tee "$OUT/train.log" | sed -unE \
+    -e 's/.*(Epoch\(train\) +\[[0-9]+\])\[20\/.*( loss: [0-9.]+).*/\1\2/p' \
+    -e 's/.*(Epoch\(val\) +\[[0-9]+\]).*(bbox_mAP: [0-9.]+).*/\1 \2/p' \
+    -e '/[Ee]rror:/p'
 status=${PIPESTATUS[0]}
 set -e
 if ((status != 0)) || [[ ! -s $OUT/train/last_checkpoint ]]; then
     die "training failed (exit code $status), see $OUT/train.log:" \
-        "$(grep -iE 'error' "$OUT/train.log" | tail -n 1)"
+        "$(grep -E '[Ee]rror:' "$OUT/train.log" | tail -n 1)"
 fi
 
 checkpoint=$(< "$OUT/train/last_checkpoint")
