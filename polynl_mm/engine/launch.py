@@ -398,7 +398,7 @@ def build_runner(cfg: Config, *phases: str) -> Runner:
         empty = f'config {cfg.filename}: {phase}_dataloader has no sample'
         try:
             loader = getattr(runner, f'{phase}_dataloader')
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             # mmengine's BaseDataset stumbles when it packs an empty list.
             if where.name == '_serialize_data':

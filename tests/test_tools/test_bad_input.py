@@ -275,8 +275,15 @@ def test_annotation_file_empty(here, refuse):
     assert line.endswith(f'{here / "data/det/ann.json"} is empty')
 
 
-def test_annotation_of_ours_malformed(here, refuse):
-    write(here, 'data/faces.txt', '0--Parade/0.jpg\n1\n1 2 3\n')
+@pytest.mark.parametrize(
+    'face, says',
+    [
+        ('1 2 3', "data/faces.txt, line 3: got '1 2 3', expected "),
+        ('1 2 3 4 0 0 0 0 0 0', 'data/det/img/0--Parade/0.jpg: not there'),
+    ],
+)
+def test_annotation_of_ours_does_not_fit(here, refuse, face, says):
+    write(here, 'data/faces.txt', f'0--Parade/0.jpg\n1\n{face}\n')
     config = write(
         here,
         'mine.py',
@@ -287,7 +294,7 @@ def test_annotation_of_ours_malformed(here, refuse):
         'pipeline=[]))',
     )
     line = refuse('train', config, work_dir_made=True)
-    assert line.startswith("data/faces.txt, line 3: got '1 2 3', expected ")
+    assert line.startswith(says)
 
 
 @pytest.mark.parametrize('host', ['det', 'seg'])
