@@ -21,6 +21,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
+from mmengine.hooks import LoggerHook
 from mmengine.registry import MODELS, RUNNERS, DefaultScope
 from mmengine.runner import CheckpointLoader, Runner
 
@@ -392,6 +393,12 @@ def build_runner(cfg: Config, *phases: str) -> Runner:
             is wrong with its file.
     """
     runner = RUNNERS.build(cfg)
+    if runner.rank > 0:
+        # mmengine lets every process write the test metrics, each with its
+        # own times, into one and the same file, at the same moment.
+        for hook in runner.hooks:
+            if isinstance(hook, LoggerHook):
+                hook.after_test_epoch = lambda *args, **kwargs: None
     for phase in phases:
         if cfg.get(f'{phase}_dataloader') is None:
             continue
