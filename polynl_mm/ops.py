@@ -82,7 +82,7 @@ __all__ = ['FORMS', 'choose_form', 'poly_nl', 'poly_nl_direct', 'poly_nl_gram']
 FORMS = ('auto', 'direct', 'gram')
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_MIN_PANEL = 256
+_MIN_PANEL = 128
 _HALF = (torch.float16, torch.bfloat16)
 # Newer torch tells.
 _is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
