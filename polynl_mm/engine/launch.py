@@ -50,6 +50,9 @@ def run(tool: Callable[[], None]) -> None:
     try:
         tool()
         if is_distributed():
+            # Process 0 may still be writing: gloo has aborted a process that
+            # left the group before the others were done.
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     except StartError as error:
         if _rank() > 0:
