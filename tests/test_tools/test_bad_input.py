@@ -284,9 +284,10 @@ def test_annotation_file_empty(here, refuse):
 )
 def test_annotation_of_ours_does_not_fit(here, refuse, face, says):
     write(here, 'data/faces.txt', f'0--Parade/0.jpg\n1\n{face}\n')
+    # mmengine names a logger by config and second, and keeps its stream.
     config = write(
         here,
-        'mine.py',
+        f'mine_{len(face)}.py',
         "_base_ = 'det.py'\n"
         'train_dataloader = dict(dataset=dict(_delete_=True, '
         "type='polynl_mm.WiderFaceDataset', data_root='data', "
