@@ -90,7 +90,7 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 _BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, 'dtype')  # torch >= 2.8
 
 # Multiply-adds that take as long as one byte of an N x C temporary written
-# and read again. Set by tools/benchmark_layer.py.
+# and read again. An estimate; tools/benchmark_layer.py checks what it chooses.
 _MACS_PER_BYTE = 16.0
 
 
@@ -173,9 +173,9 @@ def choose_form(n: int, c: int, backward: bool, itemsize: int = 4) -> str:
     """The form expected to be faster: the one place of the rule.
 
     Counts the multiply-adds of each form, and the bytes of the N x C
-    temporaries that only the direct form makes, at one measured rate of
-    exchange, set by ``python tools/benchmark_layer.py`` (table in the
-    README). The batch size cancels out.
+    temporaries that only the direct form makes, at one rate of
+    exchange; ``python tools/benchmark_layer.py`` checks the choice (table in
+    the README). The batch size cancels out.
 
     Args:
         n (int): Positions per image. c (int): Channels.
