@@ -9,10 +9,5 @@ if [[ $# -lt 3 || ! $3 =~ ^[1-9][0-9]*$ ]]; then
 fi
 
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-exec python "$tools/torchrun.py" \
-    --nnodes="${NNODES:-1}" \
-    --node-rank="${NODE_RANK:-0}" \
-    --master-addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master-port="${PORT:-29500}" \
-    --nproc-per-node="$3" \
+exec python "$tools/torchrun.py" "$3" \
     "$tools/test.py" "$1" "$2" --launcher pytorch "${@:4}"

@@ -11,10 +11,5 @@ if [[ $# -lt 2 || ! $2 =~ ^[1-9][0-9]*$ ]]; then
 fi
 
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-exec python "$tools/torchrun.py" \
-    --nnodes="${NNODES:-1}" \
-    --node-rank="${NODE_RANK:-0}" \
-    --master-addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master-port="${PORT:-29500}" \
-    --nproc-per-node="$2" \
+exec python "$tools/torchrun.py" "$2" \
     "$tools/train.py" "$1" --launcher pytorch "${@:3}"

@@ -4,7 +4,8 @@
 # finds. Everything goes to work_dirs/quickstart/, made anew at every run.
 set -euo pipefail
 # shellcheck source=tools/setup_env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" skimage sklearn scipy
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" \
+    mmdet -- skimage sklearn scipy
 cd "$ROOT"
 
 CONFIG=configs/mini/retinanet_r50-polynl_mini-wider.py
@@ -28,8 +29,9 @@ free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0));
 print(s.getsockname()[1])'
 export PORT=${PORT:-$(python -c "$free_port")}
 set +e
-bash tools/dist_train.sh "$CONFIG" "$processes" --work-dir "$OUT/train" 2>&1 |
-    tee "$OUT/train.log" | sed -unE \
+# The learning rate is for two processes; on one GPU it is halved.
+bash tools/dist_train.sh "$CONFIG" "$processes" --work-dir "$OUT/train" \
+    --auto-scale-lr 2>&1 | tee "$OUT/train.log" | sed -unE \
     -e 's/.*(Epoch\(train\) +\[[0-9]+\])\[20\/.*( loss: [0-9.]+).*/\1\2/p' \
     -e 's/.*(Epoch\(val\) +\[[0-9]+\]).*(bbox_mAP: [0-9.]+).*/\1 \2/p' \
     -e '/[Ee]rror:/p'

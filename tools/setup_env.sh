@@ -1,9 +1,9 @@
-# Sourced by quickstart.sh and run_tests.sh, with the light modules they need
-# as arguments: leaves a working environment active and the repository root in
-# $ROOT.
+# Sourced by quickstart.sh and run_tests.sh, with the hosts and then, after --,
+# the light modules that they need as arguments: leaves a working environment
+# active and the repository root in $ROOT.
 #
-# An active environment that already runs torch, mmcv's compiled operations,
-# mmdet and mmseg is taken as it is. Otherwise one is made in $POLYNL_VENV (by
+# An active environment that already runs torch, mmcv's compiled operations
+# and the hosts is taken as it is. Otherwise one is made in $POLYNL_VENV (by
 # default .venv in the repository) and the stack installed into it; what is
 # there already is not built again.
 
@@ -21,13 +21,23 @@ die() {
     exit 1
 }
 
+# Says in a line what does not work.
 host_stack_works() {
-    python - > /dev/null 2>&1 << 'PY'
-import mmengine, torch
-from mmcv.ops import nms
-import mmdet, mmseg
-import pkg_resources
-nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    python - "${HOSTS[@]}" 2>&1 > /dev/null << 'PY'
+import sys
+import warnings
+
+warnings.simplefilter('ignore')
+try:
+    import mmengine, torch
+    from mmcv.ops import nms
+    import pkg_resources  # mmengine's
+    nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    for host in sys.argv[1:]:
+        __import__(host)
+except Exception as error:
+    text = str(error).split('\n')[0]
+    sys.exit(f'{type(error).__name__}: {text}')
 PY
 }
 
@@ -96,13 +106,21 @@ install_stack() {
     python -m pip install -qq --no-build-isolation mmengine==0.10.7 \
         mmdet==3.3.0 mmsegmentation==1.2.2 \
         -e "$ROOT[det,seg,mini,tests]" || die "pip could not install the stack"
-    host_stack_works || die "the stack is installed in $VENV but does" \
-        "not import: python -c 'import mmdet, mmseg; from mmcv.ops import nms'"
+    reason=$(host_stack_works) \
+        || die "the stack is installed in $VENV but does not work: $reason"
 }
 
 setup_env() {
-    local base=${PYTHON:-python3} light
-    if host_stack_works; then
+    local base=${PYTHON:-python3} light reason
+    HOSTS=()
+    while [[ $1 != -- ]]; do
+        HOSTS+=("$1")
+        shift
+    done
+    shift
+    if ! command -v python > /dev/null; then
+        reason="there is no python in it"
+    elif reason=$(host_stack_works); then
         light=$(missing_light "$@")
         [[ -z $light ]] || die "the active environment lacks: $light" \
             "(pip install $light)"
@@ -110,6 +128,7 @@ setup_env() {
             'import sys; print(sys.prefix)')"
         return
     fi
+    say "the active environment is not used: $reason"
     VENV=${POLYNL_VENV:-$ROOT/.venv}
     # activate is what venv writes last.
     if [[ ! -f $VENV/bin/activate ]]; then
@@ -122,7 +141,7 @@ setup_env() {
     fi
     # shellcheck disable=SC1091
     source "$VENV/bin/activate"
-    if host_stack_works && [[ -z $(missing_light "$@") ]]; then
+    if host_stack_works > /dev/null && [[ -z $(missing_light "$@") ]]; then
         say "$VENV is complete"
     else
         install_stack

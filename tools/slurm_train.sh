@@ -3,22 +3,14 @@
 # further arguments of srun.
 set -euo pipefail
 
-if [[ $# -lt 4 ]]; then
+number='^[1-9][0-9]*$'
+if [[ $# -lt 4 || ! ${GPUS:-8} =~ $number ||
+    ! ${GPUS_PER_NODE:-8} =~ $number ]]; then
     echo "usage: [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=5] [SRUN_ARGS=]" \
         "$0 PARTITION JOB_NAME CONFIG WORK_DIR [arguments of train.py]" >&2
     exit 2
 fi
 
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-per_node=${GPUS_PER_NODE:-8}
-# shellcheck disable=SC2086  # SRUN_ARGS is a list
-exec srun \
-    --partition="$1" \
-    --job-name="$2" \
-    --gres="gpu:$per_node" \
-    --ntasks="${GPUS:-8}" \
-    --ntasks-per-node="$per_node" \
-    --cpus-per-task="${CPUS_PER_TASK:-5}" \
-    --kill-on-bad-exit=1 \
-    ${SRUN_ARGS:-} \
-    python -u "$tools/train.py" "$3" --work-dir "$4" --launcher slurm "${@:5}"
+exec bash "$tools/srun.sh" "$1" "$2" \
+    "$tools/train.py" "$3" --work-dir "$4" "${@:5}"

@@ -20,6 +20,7 @@ from polynl_mm.engine.launch import StartError
 def parse_args():
     """Parse the command line."""
     parser = launch.Parser(description=__doc__)
+    parser.add_job()
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--out',
@@ -105,23 +106,12 @@ def set_tta(cfg):
 
 def flip_pipeline(pipeline):
     """Let a test pipeline of mmdet end in each image and its mirror image."""
+    *before, pack = deepcopy(pipeline)
     flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
-    pack = dict(
-        type='PackDetInputs',
-        meta_keys=(
-            'img_id',
-            'img_path',
-            'ori_shape',
-            'img_shape',
-            'scale_factor',
-            'flip',
-            'flip_direction',
-        ),
-    )
-    return [
-        *deepcopy(pipeline[:-1]),
-        dict(type='TestTimeAug', transforms=[flips, [pack]]),
-    ]
+    if 'meta_keys' in pack:
+        # The default ones hold both already.
+        pack.meta_keys = (*pack.meta_keys, 'flip', 'flip_direction')
+    return [*before, dict(type='TestTimeAug', transforms=[flips, [pack]])]
 
 
 def set_out(cfg, out):
@@ -166,7 +156,7 @@ def main():
     launch.require(
         cfg, 'model', 'test_dataloader', 'test_cfg', 'test_evaluator'
     )
-    launch.choose_runner(cfg)
+    runner_class = launch.runner_class(cfg)
     if args.show or args.show_dir:
         set_show(cfg, args)
     if args.out:
@@ -177,7 +167,7 @@ def main():
     cfg.resume = False
     if args.tta:
         set_tta(cfg)
-    runner = launch.build_runner(cfg, 'test')
+    runner = launch.build_runner(runner_class, cfg, 'test')
     if args.out and cfg.default_scope == 'mmdet':
         dump = METRICS.build(
             dict(type='mmdet.DumpDetResults', out_file_path=args.out)

@@ -23,6 +23,7 @@ from polynl_mm.engine.launch import StartError
 def parse_args():
     """Parse the command line."""
     parser = launch.Parser(description=__doc__)
+    parser.add_job()
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -102,7 +103,7 @@ def main():
     launch.require(
         cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper'
     )
-    launch.choose_runner(cfg)
+    runner_class = launch.runner_class(cfg)
     set_precision(cfg, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
@@ -113,7 +114,7 @@ def main():
         cfg.auto_scale_lr.enable = True
     launch.check_data(cfg, 'train', 'val')
     set_resume(cfg, args.resume)
-    launch.build_runner(cfg, 'train', 'val').train()
+    launch.build_runner(runner_class, cfg, 'train', 'val').train()
 
 
 if __name__ == '__main__':

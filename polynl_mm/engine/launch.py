@@ -1,7 +1,7 @@
 """From the command line to a runner: what the training and test tools share.
 
-Everything the user can get wrong is looked at before a work directory is made
-or a process group is waited for, and ends in a :class:`StartError`.
+What a user often gets wrong is looked at before a work directory is made or a
+process group is waited for, and ends in a :class:`StartError`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from importlib.util import find_spec
@@ -20,10 +21,12 @@ from importlib.util import find_spec
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
-from mmengine.dist import is_distributed
+from mmengine.dist import all_gather_object, is_distributed
 from mmengine.hooks import LoggerHook
 from mmengine.registry import MODELS, RUNNERS, DefaultScope
 from mmengine.runner import CheckpointLoader, Runner
+
+from .runner import GlooRunner
 
 # mmengine 0.10 imports it, and the user can do nothing about that.
 warnings.filterwarnings('ignore', 'pkg_resources is deprecated')
@@ -56,22 +59,24 @@ def run(tool: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
     except StartError as error:
         if _rank() > 0:
-            # Process 0 meets the same error and tells it; a launcher that saw
-            # this one end first would end process 0 before that.
-            time.sleep(20)
+            # Process 0 meets the same error and tells it, and the launcher
+            # then ends the others. Where it does not, as on another node, the
+            # first process there tells it for all of them.
+            time.sleep(20 if int(os.environ.get('LOCAL_RANK', 0)) == 0 else 25)
         _print(f'error: {error}')
         sys.exit(2)
 
 
 def say(message: str) -> None:
-    """Print a line to stderr, once per job (torchrun: once per node)."""
+    """Print a line to stderr, once per job."""
     if _rank() == 0:
         _print(message)
 
 
 def _print(message: str) -> None:
     prog = os.path.basename(sys.argv[0])
-    line = ' '.join(message.split())
+    # Blanks may belong to a path.
+    line = re.sub(r'\s*\n\s*', ' ', message.strip())
     print(f'{prog}: {line}', file=sys.stderr, flush=True)
 
 
@@ -82,17 +87,10 @@ def _rank() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments that both tools have, after mm convention."""
+    """An argument parser whose errors are a :class:`StartError`."""
 
-    def __init__(self, **kwargs) -> None:
-        """Take argparse's own arguments."""
-        super().__init__(**kwargs)
-        self.add_argument('config', help='config file')
-        self.add_argument(
-            '--work-dir',
-            help='where logs and results go; if not given, work_dir of the '
-            'config, or work_dirs/<name of the config>',
-        )
+    def add_config_options(self) -> None:
+        """Take settings that override the config."""
         self.add_argument(
             '--cfg-options',
             nargs='+',
@@ -101,6 +99,16 @@ class Parser(argparse.ArgumentParser):
             help='settings to override in the config; lists as key="[a,b]" '
             'or key=a,b, nested ones as key="[(a,b),(c,d)]", without spaces',
         )
+
+    def add_job(self) -> None:
+        """Take what training and test tools have in common, by mm custom."""
+        self.add_argument('config', help='config file')
+        self.add_argument(
+            '--work-dir',
+            help='where logs and results go; if not given, work_dir of the '
+            'config, or work_dirs/<name of the config>',
+        )
+        self.add_config_options()
         self.add_argument(
             '--launcher',
             choices=['none', *_LAUNCHERS],
@@ -113,41 +121,57 @@ class Parser(argparse.ArgumentParser):
         """Parse; DictAction itself does not look for the '='."""
         try:
             return super().parse_args(args, namespace)
-        except ValueError as error:
-            raise StartError('--cfg-options takes KEY=VALUE ...') from error
+        except (ValueError, AssertionError) as error:
+            raise StartError(
+                f'--cfg-options takes KEY=VALUE ...: {error}'
+            ) from error
 
     def error(self, message: str):
         """Leave the output to :func:`run`: one line in a distributed job."""
         raise StartError(f'{message} (see {self.prog} --help)')
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Read the config and merge what both tools take from the command line.
+def read_config(path: str, options: dict | None = None) -> Config:
+    """Read a config and override settings in it.
 
     Raises:
-        StartError: The file or a base of it is missing, its host is not
-            installed, or its work directory is a file.
+        StartError: The file or a base of it is missing or no Python, an
+            option names no place in it, or its host is not installed.
     """
-    if not os.path.isfile(args.config):
-        raise StartError(f'config {args.config} does not exist')
+    if not os.path.isfile(path):
+        raise StartError(f'config {path} does not exist')
     try:
-        cfg = Config.fromfile(args.config)
-    except (OSError, ImportError) as error:
-        raise StartError(f'config {args.config}: {error}') from error
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+        cfg = Config.fromfile(path)
+    except (OSError, ImportError, SyntaxError) as error:
+        raise StartError(f'config {path}: {error}') from error
+    try:
+        cfg.merge_from_dict(options or {})
+    except (KeyError, TypeError, AssertionError) as error:
+        raise StartError(
+            f'--cfg-options {options} does not fit config {path}: {error}'
+        ) from error
 
     host = cfg.get('default_scope')
     if host is not None and find_spec(host) is None:
         raise StartError(
-            f'config {args.config} is for {host} (default_scope), which is '
-            'not installed'
+            f'config {path} is for {host} (default_scope), which is not '
+            'installed'
         )
     if host == 'mmdet':
         from mmdet.utils import setup_cache_size_limit_of_dynamo
 
         setup_cache_size_limit_of_dynamo()
+    return cfg
 
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config of a job, see :meth:`Parser.add_job`.
+
+    Raises:
+        StartError: As :func:`read_config`, and if its work directory is a
+            file.
+    """
+    cfg = read_config(args.config, args.cfg_options)
     name = os.path.splitext(os.path.basename(args.config))[0]
     cfg.work_dir = (
         args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', name)
@@ -155,8 +179,12 @@ def load_config(args: argparse.Namespace) -> Config:
     if os.path.exists(cfg.work_dir) and not os.path.isdir(cfg.work_dir):
         raise StartError(f'work_dir={cfg.work_dir} is not a folder')
     cfg.launcher = args.launcher
-    # torch.distributed.launch passes an argument where torchrun sets this.
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    # torch.distributed.launch passes an argument where torchrun sets this, and
+    # mmengine does not set it from what mpirun says.
+    os.environ.setdefault(
+        'LOCAL_RANK',
+        os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', str(args.local_rank)),
+    )
     return cfg
 
 
@@ -171,16 +199,23 @@ def require(cfg: Config, *keys: str) -> None:
             raise StartError(f'config {cfg.filename} has no {key}')
 
 
-def choose_runner(cfg: Config) -> None:
-    """Set ``cfg.runner_type`` as the launcher and the machine demand.
+def runner_class(cfg: Config) -> type[Runner]:
+    """Give the runner that the config, the launcher and the machine demand.
 
     Raises:
         StartError: The launcher did not start this process, or can not on
             this machine; more processes than GPUs; the config has a runner of
-            its own where it would need ``GlooRunner``.
+            its own where it would need :class:`GlooRunner`, or one that
+            nobody knows.
     """
+    own = cfg.get('runner_type', 'Runner')
+    kind = RUNNERS.get(own) if isinstance(own, str) else own
+    if kind is None:
+        raise StartError(
+            f'config {cfg.filename}: runner_type={own!r} is not registered'
+        )
     if cfg.launcher == 'none':
-        return
+        return kind
     device = get_device()
     if device == 'cpu' and cfg.launcher != 'pytorch':
         raise StartError(
@@ -193,6 +228,8 @@ def choose_runner(cfg: Config) -> None:
             f'--launcher {cfg.launcher}, but {variable} is not set: start it '
             f'through {starter}'
         )
+    if cfg.launcher == 'mpi' and 'MASTER_ADDR' not in os.environ:
+        raise StartError('--launcher mpi, but MASTER_ADDR is not set')
     if device == 'cuda':
         processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         gpus = torch.cuda.device_count()
@@ -202,14 +239,15 @@ def choose_runner(cfg: Config) -> None:
                 'needs a GPU of its own'
             )
     elif device == 'cpu':
-        own = cfg.get('runner_type', 'Runner')
-        if own not in ('Runner', 'mmengine.Runner', Runner):
+        if kind not in (Runner, GlooRunner):
             raise StartError(
                 f'config {cfg.filename} has runner_type={own!r}, but several '
                 'processes without a GPU need polynl_mm.GlooRunner: run it '
                 'in one process, or leave runner_type out'
             )
-        cfg.runner_type = 'polynl_mm.GlooRunner'
+        # Not into cfg, which is saved beside the results for other machines.
+        return GlooRunner
+    return kind
 
 
 def leaf_datasets(cfg: dict) -> Iterator[dict]:
@@ -242,7 +280,7 @@ def check_data(cfg: Config, *phases: str) -> None:
             files = {'data_root': root, 'ann_file': dataset.get('ann_file')}
             for key, prefix in (dataset.get('data_prefix') or {}).items():
                 # A test set may come without its labels.
-                if phase == 'train' or key.startswith('img'):
+                if phase != 'test' or key.startswith('img'):
                     files[f'data_prefix.{key}'] = prefix
             for key, path in files.items():
                 _check_path(
@@ -270,7 +308,7 @@ def _check_path(
     full = path if key.endswith('data_root') else os.path.join(root, path)
     if '://' in full:
         return
-    full = os.path.abspath(os.path.expanduser(full))
+    full = os.path.abspath(full)
     if not os.path.exists(full):
         raise StartError(
             f'config {cfg.filename}: {key}={path!r}: {full} does not exist'
@@ -308,9 +346,13 @@ def check_checkpoint(cfg: Config, path: str, resume: bool = False) -> None:
         StartError: It is missing, can not be read safely, holds no training
             state, or has other keys or shapes. Keys without a meaning for the
             result are passed over: BatchNorm's counters, and the
-            preprocessor's constants, which older versions stored.
+            preprocessor's constants and the averaged second copy of the
+            weights (``ema_*``), which older versions stored.
     """
     check_exists(path)
+    if _rank() > 0:
+        # Once is enough. A launcher ends this process if that fails.
+        return
     try:
         checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', 'silent')
     except Exception as error:  # torch raises all kinds on a damaged file
@@ -355,10 +397,13 @@ def _misfits(cfg: Config, state_dict: dict) -> list[str]:
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = MODELS.build(model_cfg)
-    state_dict = {
-        re.sub(r'^module\.', '', key): value
+    # Some modules read an old checkpoint by the versions in here.
+    versions = getattr(state_dict, '_metadata', OrderedDict())
+    state_dict = OrderedDict(
+        (re.sub(r'^module\.', '', key), value)
         for key, value in state_dict.items()
-    }
+    )
+    state_dict._metadata = versions
     reshaped = []
     try:
         keys = model.load_state_dict(state_dict, strict=False)
@@ -380,7 +425,7 @@ def _misfits(cfg: Config, state_dict: dict) -> list[str]:
             name
             for name in names
             if not name.endswith('num_batches_tracked')
-            and not name.startswith('data_preprocessor.')
+            and not name.startswith(('data_preprocessor.', 'ema_'))
         )
         if names:
             some = ', '.join(names[:3]) + (', ...' if names[3:] else '')
@@ -388,14 +433,20 @@ def _misfits(cfg: Config, state_dict: dict) -> list[str]:
     return misfits
 
 
-def build_runner(cfg: Config, *phases: str) -> Runner:
-    """Build the runner and the data sets of these phases.
+def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
+    """Build a runner of this kind and the data sets of these phases.
 
     Raises:
-        StartError: A data set is empty, or a reader of this package says what
-            is wrong with its file.
+        StartError: A data set is empty, a reader of this package says what
+            is wrong with its file, or some processes would resume and others
+            start anew.
     """
-    runner = RUNNERS.build(cfg)
+    runner = kind.from_cfg(cfg)
+    if len(set(all_gather_object(bool(cfg.get('resume'))))) > 1:
+        raise StartError(
+            f'--resume: some nodes have a checkpoint in {cfg.work_dir} and '
+            'others not: put work_dir on a disk that all of them share'
+        )
     if runner.rank > 0:
         # mmengine lets every process write the test metrics, each with its
         # own times, into one and the same file, at the same moment.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch
+from mmengine.device import get_device
 from mmengine.dist import broadcast, is_distributed
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
@@ -23,7 +24,8 @@ class BroadcastBuffersHook(Hook):
     BatchNorm statistics differ from process to process, and checkpoints hold
     those of process 0: without this, the metrics logged in training would
     depend on which process evaluates which image, and differ from those of
-    the saved checkpoint.
+    the saved checkpoint. (mmengine's SyncBuffersHook takes their mean, in
+    training by iterations only after the checkpoint is saved.)
     """
 
     # After an EMAHook has swapped in its own buffers.
@@ -42,16 +44,16 @@ class GlooRunner(Runner):
     mmengine assumes a GPU per process. This runner does three things
     differently and logs each of them once: the process group communicates
     over gloo; DistributedDataParallel gets no device ids; SyncBN, which has
-    no CPU version, becomes BatchNorm, with :class:`BroadcastBuffersHook`. All
-    else, such as ``model_wrapper_cfg``, ``find_unused_parameters`` and
+    no CPU version, becomes BatchNorm. It evaluates with the statistics that
+    are saved (:class:`BroadcastBuffersHook`). All else, such as
+    ``model_wrapper_cfg``, ``find_unused_parameters`` and
     ``env_cfg.dist_cfg.timeout`` (seconds), is taken from the config as
     mmengine takes it. Without a launcher it is the plain Runner.
 
     Raises:
-        ValueError: For a launcher other than 'none' and 'pytorch'.
+        ValueError: For a launcher other than 'none' and 'pytorch', and for
+            several processes where there is an accelerator.
     """
-
-    _lost_sync_bn = False
 
     def setup_env(self, env_cfg: dict) -> None:
         """Join the process group before mmengine would ask for a GPU."""
@@ -59,6 +61,11 @@ class GlooRunner(Runner):
             raise ValueError(
                 f'launcher={self.launcher!r}: without an accelerator, only '
                 "'pytorch' (torchrun) can start several processes"
+            )
+        if self.distributed and get_device() != 'cpu':
+            raise ValueError(
+                'GlooRunner is for several processes without an accelerator, '
+                f'but there is one ({get_device()}): leave runner_type out'
             )
         if self.distributed and not is_distributed():
             seconds = env_cfg.get('dist_cfg', {}).get('timeout')
@@ -109,7 +116,6 @@ class GlooRunner(Runner):
             for module in model.modules()
         )
         if count or self.cfg.get('sync_bn'):
-            self._lost_sync_bn = True
             self.logger.warning(
                 f'No accelerator: {count} SyncBN layers became BatchNorm '
                 f'(sync_bn={self.cfg.get("sync_bn")}), whose statistics are '
@@ -118,7 +124,7 @@ class GlooRunner(Runner):
         return revert_sync_batchnorm(model)
 
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
-        """Add :class:`BroadcastBuffersHook` where SyncBN was reverted."""
+        """Add :class:`BroadcastBuffersHook`."""
         super().register_hooks(default_hooks, custom_hooks)
-        if self._lost_sync_bn:
+        if self.distributed:
             self.register_hook(BroadcastBuffersHook())

@@ -227,7 +227,7 @@ def test_statistics_of_process_0_are_evaluated(results):
     assert torch.equal(after_second, first)
     hooks = results[0]['hooks']
     assert 'BroadcastBuffersHook' in hooks['sync']
-    assert 'BroadcastBuffersHook' not in hooks['first']
+    assert 'BroadcastBuffersHook' in hooks['first']
 
 
 @pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
@@ -236,6 +236,14 @@ def test_other_launchers_are_refused(tmp_path, launcher):
 
     with pytest.raises(ValueError, match=f"launcher='{launcher}'.*torchrun"):
         GlooRunner(Model(), str(tmp_path), launcher=launcher)
+
+
+def test_accelerator_is_not_left_idle(tmp_path, monkeypatch):
+    from polynl_mm.engine import GlooRunner, runner
+
+    monkeypatch.setattr(runner, 'get_device', lambda: 'cuda')
+    with pytest.raises(ValueError, match='there is one .cuda.'):
+        GlooRunner(Model(), str(tmp_path), launcher='pytorch')
 
 
 if __name__ == '__main__':

@@ -207,6 +207,8 @@ def start(place):
                 ),
                 # More threads only get in each other's way here.
                 'OMP_NUM_THREADS': '1',
+                # The tests ask for several processes on any machine.
+                'CUDA_VISIBLE_DEVICES': '',
                 **env,
             },
             stdout=out,

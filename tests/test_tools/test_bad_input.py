@@ -16,7 +16,7 @@ pytest.importorskip('mmseg')
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 
-from polynl_mm.engine import launch  # noqa: E402
+from polynl_mm.engine import GlooRunner, launch  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 
@@ -107,6 +107,32 @@ def test_cfg_options_without_a_value(refuse):
     assert 'KEY=VALUE' in refuse('train', 'det.py', '--cfg-options', 'a.b')
 
 
+def test_cfg_options_that_can_not_be_read(refuse):
+    line = refuse('train', 'det.py', '--cfg-options', 'a=[1,(2]')
+    assert 'KEY=VALUE' in line and 'Imbalanced' in line
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        'train_dataloader.dataset.pipeline.99.type=A',
+        'default_scope.below.it=1',
+    ],
+)
+def test_cfg_options_that_fit_nowhere(refuse, option):
+    line = refuse('train', 'det.py', '--cfg-options', option)
+    assert 'does not fit config det.py' in line and option[:10] in line
+
+
+def test_config_no_python(here, refuse):
+    config = write(here, 'mine.py', 'a = (1,\n')
+    assert 'mine.py' in refuse('train', config)
+
+
+def test_blanks_in_a_path_are_kept(refuse):
+    assert 'config a  b.py does' in refuse('train', 'a  b.py')
+
+
 @pytest.mark.parametrize('tool', ['train', 'test'])
 def test_config_missing(refuse, tool):
     line = refuse(tool, 'nope.py', *['some.pth'] * (tool == 'test'))
@@ -190,6 +216,40 @@ def test_runner_of_its_own_without_a_gpu(refuse, no_gpu, monkeypatch):
     assert 'polynl_mm.GlooRunner' in line
 
 
+def test_runner_unknown(refuse):
+    line = refuse('train', 'det.py', '--cfg-options', 'runner_type=Nobody')
+    assert "runner_type='Nobody' is not registered" in line
+
+
+def test_gloo_runner_is_not_written_into_the_config(here, no_gpu, monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    cfg = Config.fromfile('det.py')
+    cfg.launcher = 'pytorch'
+    assert launch.runner_class(cfg) is GlooRunner
+    assert 'runner_type' not in cfg
+    cfg.runner_type = 'polynl_mm.GlooRunner'  # asked for
+    assert launch.runner_class(cfg) is GlooRunner
+
+
+def test_mpirun_without_an_address(refuse, monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    monkeypatch.setenv('OMPI_COMM_WORLD_RANK', '0')
+    monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', '0')
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    line = refuse('train', 'det.py', '--launcher', 'mpi')
+    assert 'MASTER_ADDR is not set' in line
+
+
+@pytest.mark.parametrize('rank, local', [('1', '1'), ('0', '0')])
+def test_mpirun_gives_the_gpu(here, monkeypatch, rank, local):
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', local)
+    parser = launch.Parser()
+    parser.add_job()
+    launch.load_config(parser.parse_args(['det.py']))
+    assert os.environ['LOCAL_RANK'] == local
+
+
 def test_more_processes_than_gpus(refuse, monkeypatch):
     monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
@@ -204,7 +264,11 @@ def test_another_process_lets_the_first_one_speak(refuse, monkeypatch):
     monkeypatch.setattr(launch.time, 'sleep', waited.append)
     monkeypatch.setenv('LOCAL_RANK', '1')
     refuse('train', 'nope.py')
-    assert waited and waited[0] > 5
+    monkeypatch.setenv('RANK', '2')
+    monkeypatch.setenv('LOCAL_RANK', '0')  # the first of another node
+    refuse('train', 'nope.py')
+    same_node, other_node = waited
+    assert same_node > other_node > 5
 
 
 # The data
@@ -244,6 +308,20 @@ def test_data_missing_in_a_wrapper_and_in_test(here, refuse, weights):
     assert "train_dataloader: ann_file='gone.json'" in refuse('train', config)
     assert "test_dataloader: data_root='away'" in refuse(
         'test', config, checkpoint
+    )
+
+
+def test_labels_of_validation_missing(refuse):
+    option = 'val_dataloader.dataset.data_prefix.seg_map_path=gone'
+    line = refuse('train', 'seg.py', '--cfg-options', option)
+    assert "val_dataloader: data_prefix.seg_map_path='gone'" in line
+
+
+def test_home_is_not_expanded(refuse):
+    # The data sets do not, either.
+    option = 'train_dataloader.dataset.data_root=~'
+    assert "data_root='~'" in refuse(
+        'train', 'det.py', '--cfg-options', option
     )
 
 
@@ -385,8 +463,46 @@ def test_harmless_differences_are_accepted(here, weights):
             if not key.endswith('num_batches_tracked'):
                 state[f'module.{key}'] = value
         state['data_preprocessor.mean'] = torch.zeros(3, 1, 1)
+        state['ema_backbone_conv1_weight'] = torch.zeros(1)
 
     launch.check_checkpoint(Config.fromfile('det.py'), weights(change))
+
+
+def test_modules_learn_the_version_of_a_checkpoint(weights, monkeypatch):
+    met = []
+    load = torch.nn.Conv2d._load_from_state_dict
+
+    def spy(self, state_dict, prefix, local_metadata, *args):
+        met.append((prefix, local_metadata.get('version')))
+        load(self, state_dict, prefix, local_metadata, *args)
+
+    def change(state):
+        state._metadata = {'backbone.conv1': dict(version=7)}
+
+    monkeypatch.setattr(torch.nn.Conv2d, '_load_from_state_dict', spy)
+    launch.check_checkpoint(Config.fromfile('det.py'), weights(change))
+    assert ('backbone.conv1.', 7) in met
+
+
+def test_one_process_reads_the_checkpoint(here, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    (here / 'some.pth').write_text('no checkpoint')
+    launch.check_checkpoint(Config.fromfile('det.py'), 'some.pth')
+    with pytest.raises(launch.StartError, match='does not exist'):
+        launch.check_checkpoint(Config.fromfile('det.py'), 'gone.pth')
+
+
+def test_resumed_on_one_node_only(here, monkeypatch):
+    class Started:
+        from_cfg = staticmethod(lambda cfg: None)
+
+    monkeypatch.setattr(
+        launch, 'all_gather_object', lambda resumed: [resumed, not resumed]
+    )
+    cfg = Config.fromfile('det.py')
+    cfg.work_dir = 'out'
+    with pytest.raises(launch.StartError, match='some nodes .* in out'):
+        launch.build_runner(Started, cfg)
 
 
 @pytest.mark.parametrize('missing', ['meta', 'message_hub', 'optimizer'])
@@ -515,6 +631,6 @@ def test_port_in_use(start, finish, free_port):
         other.listen()
         port = str(other.getsockname()[1])
         done = finish(start('dist_train.sh', 'det.py', 1, PORT=port))
-    assert done.code == 1
+    assert done.code == 2
     assert done.err.startswith(f'torchrun.py: error: port {port} is in use')
     assert done.err.count('\n') == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,11 @@ RECORDER = f"""#!{sys.executable}
 import json, sys
 json.dump(sys.argv[1:], open('arguments.json', 'w'))
 """
+
+SETTINGS = [
+    *('NNODES', 'NODE_RANK', 'MASTER_ADDR', 'PORT'),
+    *('GPUS', 'GPUS_PER_NODE', 'CPUS_PER_TASK', 'SRUN_ARGS'),
+]
 
 # CONFIG, and CHECKPOINT or WORK_DIR, with what a careless script would split.
 FIRST, SECOND = 'my config.py', 'other place/*'
@@ -36,7 +42,7 @@ def call(tmp_path):
         env = {
             key: value
             for key, value in os.environ.items()
-            if key not in ('NNODES', 'NODE_RANK', 'MASTER_ADDR', 'PORT')
+            if key not in SETTINGS
         } | env
         env['PATH'] = f'{programs}:{env["PATH"]}'
         path = TOOLS / script
@@ -73,11 +79,7 @@ def test_dist(call, script, args, handed, relative):
     assert done.returncode == 0, done.stderr
     assert done.arguments == [
         str(TOOLS / 'torchrun.py'),
-        '--nnodes=1',
-        '--node-rank=0',
-        '--master-addr=127.0.0.1',
-        '--master-port=29500',
-        '--nproc-per-node=3',
+        '3',
         str(TOOLS / handed[0]),
         *handed[1:],
         '--launcher',
@@ -86,25 +88,76 @@ def test_dist(call, script, args, handed, relative):
     ]
 
 
-@pytest.mark.parametrize(
-    'script, args',
-    [('dist_train.sh', [FIRST, 2]), ('dist_test.sh', [FIRST, SECOND, 2])],
-)
-def test_dist_on_several_nodes(call, script, args):
-    done = call(
-        script,
-        *args,
-        NNODES='2',
-        NODE_RANK='1',
-        MASTER_ADDR='10.1.2.3',
-        PORT='1234',
-    )
-    assert done.arguments[1:5] == [
+@pytest.fixture
+def torchrun(monkeypatch):
+    """``torchrun.py`` with torchrun's place taken: gives its arguments."""
+    run = pytest.importorskip('torch.distributed.run')
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
+        monkeypatch.setenv(name, '1')
+
+    def torchrun(main=None, **env):
+        handed = []
+        monkeypatch.setattr(run, 'main', main or handed.extend)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        start = runpy.run_path(str(TOOLS / 'torchrun.py'))['start']
+        start(3, ['train.py', *MORE])
+        return handed
+
+    return torchrun
+
+
+def test_torchrun(torchrun):
+    assert torchrun() == [
+        '--nnodes=1',
+        '--node-rank=0',
+        '--master-addr=127.0.0.1',
+        '--master-port=29500',
+        '--nproc-per-node=3',
+        'train.py',
+        *MORE,
+    ]
+
+
+def test_torchrun_on_several_nodes(torchrun):
+    nodes = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='10.1.2.3')
+    assert torchrun(**nodes, PORT='1234')[:4] == [
         '--nnodes=2',
         '--node-rank=1',
         '--master-addr=10.1.2.3',
         '--master-port=1234',
     ]
+
+
+@pytest.mark.parametrize(
+    'env, said',
+    [
+        (dict(NNODES='two'), 'NNODES=two: expected a number, 1 or more'),
+        (dict(NNODES='0'), 'NNODES=0: expected a number, 1 or more'),
+        (dict(PORT='a'), 'PORT=a: expected a number, 1 or more'),
+        (dict(NODE_RANK=''), 'NODE_RANK=: expected a number, 0 or more'),
+        # Every node would wait for itself.
+        (dict(NNODES='2', NODE_RANK='1'), 'MASTER_ADDR is not set'),
+        (dict(NNODES='2', MASTER_ADDR='a'), 'NODE_RANK is not set'),
+    ],
+)
+def test_torchrun_with_wrong_settings(torchrun, capsys, env, said):
+    with pytest.raises(SystemExit, match='2'):
+        torchrun(**env)
+    line = capsys.readouterr().err
+    assert line.count('\n') == 1 and said in line
+
+
+def test_torchrun_interrupted(torchrun):
+    api = pytest.importorskip('torch.distributed.elastic.multiprocessing.api')
+
+    def interrupted(arguments):
+        raise api.SignalException('', signal.SIGINT)
+
+    with pytest.raises(SystemExit, match='130'):
+        torchrun(main=interrupted)
 
 
 @pytest.mark.parametrize('gpus', ['0', '-1', '02', 'abc', '1.5', '', None])
@@ -143,10 +196,29 @@ def test_slurm(call, script, handed):
         '-u',
         str(TOOLS / handed[0]),
         *handed[1:],
+        *MORE,
         '--launcher',
         'slurm',
-        *MORE,
     ]
+
+
+@pytest.mark.parametrize('script, handed', SLURM)
+def test_slurm_with_fewer_gpus_than_a_node_has(call, script, handed):
+    done = call(script, 'p', 'j', FIRST, SECOND, GPUS='1')
+    assert done.arguments[2:5] == [
+        '--gres=gpu:1',
+        '--ntasks=1',
+        '--ntasks-per-node=1',
+    ]
+
+
+@pytest.mark.parametrize('name', ['GPUS', 'GPUS_PER_NODE'])
+@pytest.mark.parametrize('script, handed', SLURM)
+def test_slurm_with_a_wrong_gpu_count(call, script, handed, name):
+    done = call(script, 'p', 'j', FIRST, SECOND, **{name: '2x'})
+    assert done.returncode == 2
+    assert done.arguments is None
+    assert done.stderr.startswith('usage: ')
 
 
 @pytest.mark.parametrize('script, handed', SLURM)
@@ -181,7 +253,7 @@ def test_slurm_with_an_argument_missing(call, script, handed):
 def test_cores_are_shared_without_a_gpu(monkeypatch):
     torch = pytest.importorskip('torch')
     threads = runpy.run_path(str(TOOLS / 'torchrun.py'))['threads']
-    monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(8))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert [threads(n) for n in (1, 2, 3, 9)] == [8, 4, 2, 1]
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)

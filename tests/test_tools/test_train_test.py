@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import runpy
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
-from mmengine.config import Config  # noqa: E402
+from mmengine.config import Config, ConfigDict  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,6 +131,8 @@ def test_det_trains_on_gloo_and_says_so_once(place, det_train):
     ):
         assert everything.count(act) == 1, act
     assert (place / 'det/epoch_1.pth').is_file()
+    # What is saved beside it is for machines with GPUs, too.
+    assert 'GlooRunner' not in (place / 'det/det.py').read_text()
 
 
 def test_det_resumes_optimizer_and_count(place, det_resume):
@@ -181,6 +184,23 @@ def test_det_tta_and_pictures(place, det_tests):
     assert ran_model(place / 'det_tta/det.py') == 'DetTTAModel'
     # Boxes of the mirror images were merged in.
     assert scalars(place / 'det_tta') != scalars(place / 'det_theirs')
+
+
+def test_tta_keeps_what_the_config_packs():
+    tool = runpy.run_path(str(ROOT / 'tools/test.py'))
+    pipeline = [
+        ConfigDict(type='LoadImageFromFile'),
+        ConfigDict(type='PackDetInputs', meta_keys=('img_id', 'instances')),
+    ]
+    *before, augment = tool['flip_pipeline'](pipeline)
+    assert before == pipeline[:1]
+    flips, (pack,) = augment['transforms']
+    assert [flip['prob'] for flip in flips] == [1, 0]
+    assert pack['meta_keys'] == (
+        *('img_id', 'instances'),
+        *('flip', 'flip_direction'),
+    )
+    assert len(pipeline[1].meta_keys) == 2
 
 
 def test_seg_trains_on_two_nodes(place, seg_train):
