@@ -4,14 +4,20 @@
 In one run, the contenders taking turns: ``direct``, ``gram`` and ``auto`` of
 ``polynl_mm.ops``, and where mmcv is installed its ``NonLocal2d`` (as far as
 its N x N matrix is reasonable) and ``ContextBlock``. Before anything is timed,
-the three forms must agree in value and in all gradients. Time is the median
-over the turns, its spread the distance between the quartiles; memory is what
-one training step adds at its peak, each case in a process of its own.
+the three forms must agree in value and in all gradients. A turn times every
+contender once; a ratio of two is the median of their ratios in the same turn,
+its spread half the distance between the quartiles, so that a machine that is
+slow for a second does not matter. Everything is allocated anew several times,
+at other addresses: a convolution on a CPU can take twice as long for the place
+where its tensors happen to lie. Memory is what one training step adds at its
+peak, each case in a process of its own.
 
 The numbers behind ``polynl_mm.ops.choose_form`` come from here.
 
     python tools/benchmark_layer.py --json out.json
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -19,9 +25,11 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +50,7 @@ except ImportError:
 UNIT = 'conv'
 RIVALS = ('NonLocal2d', 'ContextBlock')
 MODES = ('forward', 'training')
+ROUNDS = 4
 
 
 class Layer(nn.Module):
@@ -76,12 +85,22 @@ def build(name: str, c: int, n: int) -> nn.Module | None:
     return None if ContextBlock is None else ContextBlock(c, ratio=1 / 16)
 
 
-def make_input(c: int, n: int, device: str) -> tuple[torch.Tensor, ...]:
-    """x, wanting a gradient, and dL/dy, both (1, C, H, W) with HW = N."""
+def make_input(
+    c: int, n: int, device: str, offset: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """x, wanting a gradient, and dL/dy, both (1, C, H, W) with HW = N.
+
+    They begin ``offset`` elements after an address of the allocator's choice.
+    """
     h = 2 ** (int(math.log2(n)) // 2)
     gen = torch.Generator().manual_seed(c + n)
-    x, dy = (torch.randn(1, c, h, n // h, generator=gen) for _ in range(2))
-    return x.to(device).requires_grad_(), dy.to(device)
+
+    def draw():
+        memory = torch.empty(offset + c * n, device=device)
+        values = torch.randn(1, c, h, n // h, generator=gen)
+        return memory[offset:].view_as(values).copy_(values)
+
+    return draw().requires_grad_(), draw()
 
 
 def training_step(module, x, dy):
@@ -140,27 +159,35 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def take_turns(calls: dict, seconds: float, device: str) -> dict:
-    """Seconds of each call, again and again in turn, slow ones less often."""
-    times = {name: [] for name in calls}
-    for f in calls.values():
-        f()
-    while True:
-        due = [
-            name
-            for name, t in times.items()
-            if len(t) < 3
-            or (sum(t) < 4 * seconds and len(t) < 5)
-            or (sum(t) < seconds and len(t) < 200)
-        ]
-        if not due:
-            return times
-        for name in due:
-            synchronize(device)
-            start = time.perf_counter()
-            calls[name]()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
+def take_turns(make_calls, seconds: float, device: str) -> dict:
+    """Seconds of each call by turn; None in turns that a slow one sat out.
+
+    ``make_calls(round)`` allocates and gives the calls by name.
+    """
+    times = {}
+    for i in range(ROUNDS):
+        calls = make_calls(i)
+        if i == 0:
+            for f in calls.values():
+                f()
+        spent = dict.fromkeys(calls, 0.0)
+        order = list(calls)
+        turns = 0
+        while turns < 1 or (spent[UNIT] < seconds and turns < 100):
+            # Nobody always follows the same one, which leaves the caches.
+            random.shuffle(order)
+            for name in order:
+                f, taken = calls[name], None
+                if turns < 1 or spent[name] < 2 * seconds:
+                    synchronize(device)
+                    start = time.perf_counter()
+                    f()
+                    synchronize(device)
+                    taken = time.perf_counter() - start
+                    spent[name] += taken
+                times.setdefault(name, []).append(taken)
+            turns += 1
+    return times
 
 
 def peak_memory(name: str, c: int, n: int, device: str) -> int:
@@ -194,22 +221,28 @@ def _status(key: str) -> int:
 
 def run_case(c: int, n: int, args, pool) -> dict:
     """One row of the table."""
+
+    def build_all():
+        modules = {name: build(name, c, n) for name in (UNIT, *FORMS, *RIVALS)}
+        return {k: m.to(args.device) for k, m in modules.items() if m}
+
+    def make_calls(mode, i):
+        # Whole cache lines, never a whole page.
+        x, dy = make_input(c, n, args.device, offset=16 * (1 + 11 * i))
+        call = {
+            'forward': lambda m: m(x),
+            'training': lambda m: training_step(m, x, dy),
+        }[mode]
+        return {k: (lambda m=m: call(m)) for k, m in build_all().items()}
+
     x, dy = make_input(c, n, args.device)
-    modules = {name: build(name, c, n) for name in (UNIT, *FORMS, *RIVALS)}
-    modules = {k: m.to(args.device) for k, m in modules.items() if m}
+    modules = build_all()
     error = check_agreement(modules, x, dy)
     if not error < 1e-3:
         sys.exit(f'C={c} N={n}: the forms differ by {error:.2g}')
     row = dict(c=c, n=n, disagreement=error, contenders={})
     row['auto'] = {
         mode: choose_form(n, c, backward=mode == 'training') for mode in MODES
-    }
-    calls = {
-        'forward': {k: (lambda m=m: m(x)) for k, m in modules.items()},
-        'training': {
-            k: (lambda m=m: training_step(m, x, dy))
-            for k, m in modules.items()
-        },
     }
     for name, module in modules.items():
         row['contenders'][name] = dict(saved_bytes=saved_bytes(module, x))
@@ -219,31 +252,36 @@ def run_case(c: int, n: int, args, pool) -> dict:
             )
     for mode in MODES:
         with torch.set_grad_enabled(mode == 'training'):
-            for name, f in calls[mode].items():
+            for name, f in make_calls(mode, 0).items():
                 row['contenders'][name][f'{mode}_flops'] = flops(f)
-            times = take_turns(calls[mode], args.seconds, args.device)
-        for name, t in times.items():
-            quartiles = statistics.quantiles(t, n=4)
-            row['contenders'][name][mode] = dict(
-                median_s=statistics.median(t),
-                quartiles_s=[quartiles[0], quartiles[2]],
-                runs=len(t),
+            times = take_turns(
+                partial(make_calls, mode), args.seconds / ROUNDS, args.device
             )
+        for name, t in times.items():
+            row['contenders'][name][mode] = t
     return row
 
 
-def relative(row: dict, name: str, mode: str, unit: str = UNIT) -> float:
-    """Median time in units of another contender's."""
+def seconds(row: dict, name: str, mode: str) -> tuple[float, float]:
+    """Median time over the turns, and half the distance of the quartiles."""
+    return _median([t for t in row['contenders'][name][mode] if t])
+
+
+def relative(
+    row: dict, name: str, mode: str, unit: str = UNIT
+) -> tuple[float, float]:
+    """Time in units of another contender's: median over the turns of both.
+
+    With half the distance of the quartiles.
+    """
     contenders = row['contenders']
-    return (
-        contenders[name][mode]['median_s'] / contenders[unit][mode]['median_s']
-    )
+    turns = zip(contenders[name][mode], contenders[unit][mode])
+    return _median([a / b for a, b in turns if a and b])
 
 
-def spread(row: dict, name: str, mode: str) -> float:
-    """Distance between the quartiles, relative to the median."""
-    t = row['contenders'][name][mode]
-    return (t['quartiles_s'][1] - t['quartiles_s'][0]) / t['median_s']
+def _median(values: list) -> tuple[float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method='inclusive')
+    return middle, (high - low) / 2
 
 
 def table(rows: list, mode: str) -> str:
@@ -253,17 +291,16 @@ def table(rows: list, mode: str) -> str:
     lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
     for row in rows:
         cells = [row['c'], row['n']]
-        unit = row['contenders'][UNIT][mode]['median_s'] * 1e3
-        cells.append(f'{unit:.3g} ± {50 * spread(row, UNIT, mode):.0f} %')
+        unit, half = seconds(row, UNIT, mode)
+        cells.append(f'{unit * 1e3:.3g} ± {100 * half / unit:.0f} %')
         for name in names:
             if name not in row['contenders']:
                 cells.append('left out')
                 continue
-            value = relative(row, name, mode)
-            half = value * spread(row, name, mode) / 2
+            value, half = relative(row, name, mode)
             cells.append(f'{value:.2f} ± {half:.2f}')
         cells.append(row['auto'][mode])
-        cells.append(f'{relative(row, "direct", mode, "auto"):.2f}')
+        cells.append(f'{relative(row, "direct", mode, "auto")[0]:.2f}')
         lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
     return '\n'.join(lines)
 
@@ -292,26 +329,39 @@ def memory_table(rows: list) -> str:
 
 
 def goals(rows: list) -> list:
-    """(goal, what came out, reached), worst case of the table for each."""
+    """Each goal with the worst case of the table, and whether it is reached.
+
+    ``by_flops`` is what a ratio of two times would be there if time were
+    floating point operations alone.
+    """
     out = []
 
-    def worst(goal, limit, values, at_most=True):
-        if not values:
+    def worst(goal, limit, cases, at_most=True):
+        """Of ``cases``: (value, where, ratio of operations or None)."""
+        if not cases:
             return
-        pick = max if at_most else min
-        value, where = pick(values)
+        value, where, by_flops = (max if at_most else min)(cases)
         out.append(
             dict(
                 goal=goal,
                 limit=limit,
                 worst=value,
                 where=where,
+                by_flops=by_flops,
                 reached=value <= limit if at_most else value >= limit,
             )
         )
 
-    def collect(rows, f):
-        return [(f(r), f'C={r["c"]} N={r["n"]}') for r in rows]
+    def ratios(rows, mode, name, unit):
+        """Cases of one time in units of another."""
+        cases = []
+        for row in rows:
+            flops = [
+                row['contenders'][k][f'{mode}_flops'] for k in (name, unit)
+            ]
+            value = relative(row, name, mode, unit)[0]
+            cases.append((value, _where(row), flops[0] / flops[1]))
+        return cases
 
     wide = [r for r in rows if r['c'] >= 256]
     for label, chosen, cost, gain in (
@@ -326,44 +376,36 @@ def goals(rows: list) -> list:
         worst(
             f'{label}: training, auto / conv',
             cost,
-            collect(chosen, lambda r: relative(r, 'auto', 'training')),
+            ratios(chosen, 'training', 'auto', UNIT),
         )
         worst(
             f'{label}: training, direct / auto',
             gain,
-            collect(
-                chosen, lambda r: relative(r, 'direct', 'training', 'auto')
-            ),
+            ratios(chosen, 'training', 'direct', 'auto'),
             at_most=False,
         )
         worst(
             f'{label}: forward, auto / conv',
             2.2,
-            collect(chosen, lambda r: relative(r, 'auto', 'forward')),
+            ratios(chosen, 'forward', 'auto', UNIT),
         )
-        worst(
-            f'{label}: large tensors kept for backward / input',
-            1.1,
-            collect(
-                chosen,
-                lambda r: (
-                    r['contenders']['auto']['saved_bytes']['large']
-                    / (r['c'] * r['n'] * 4)
-                ),
-            ),
-        )
+        kept = [
+            (
+                r['contenders']['auto']['saved_bytes']['large']
+                / (r['c'] * r['n'] * 4),
+                _where(r),
+                None,
+            )
+            for r in chosen
+        ]
+        worst(f'{label}: large tensors kept for backward / input', 1.1, kept)
     for mode in MODES:
-        worst(
-            f'anywhere: {mode}, auto / better form',
-            1.1,
-            collect(
-                rows,
-                lambda r, mode=mode: max(
-                    relative(r, 'auto', mode, form)
-                    for form in ('direct', 'gram')
-                ),
-            ),
-        )
+        for form in ('direct', 'gram'):
+            worst(
+                f'anywhere: {mode}, auto / {form}',
+                1.1,
+                ratios(rows, mode, 'auto', form),
+            )
     slopes = []
     # Two positions at least four times the channels, the largest ones.
     for c in sorted({r['c'] for r in rows}):
@@ -371,13 +413,17 @@ def goals(rows: list) -> list:
         if few is None or few['n'] < 4 * c:
             continue
         ratio = (
-            many['contenders']['auto']['training']['median_s']
-            / few['contenders']['auto']['training']['median_s']
+            seconds(many, 'auto', 'training')[0]
+            / seconds(few, 'auto', 'training')[0]
         )
         slope = math.log(ratio) / math.log(many['n'] / few['n'])
-        slopes.append((abs(slope - 1), f'C={c}: slope {slope:.3f}'))
+        slopes.append((abs(slope - 1), f'C={c}: slope {slope:.3f}', None))
     worst('large N: |slope of log time over log N - 1|', 0.1, slopes)
     return out
+
+
+def _where(row: dict) -> str:
+    return f'C={row["c"]} N={row["n"]}'
 
 
 def machine(device: str) -> str:
@@ -420,7 +466,7 @@ def parse_args() -> argparse.Namespace:
         '--seconds',
         type=float,
         default=2.0,
-        help='time for each contender and mode (three runs at least)',
+        help='time for each contender and mode, four runs at least',
     )
     parser.add_argument(
         '--no-memory', action='store_true', help='leave out peak memory'
@@ -456,7 +502,7 @@ def main() -> None:
                 print(
                     f'C={c} N={n}: auto / conv '
                     + ', '.join(
-                        f'{mode} {relative(row, "auto", mode):.2f}'
+                        f'{mode} {relative(row, "auto", mode)[0]:.2f}'
                         for mode in MODES
                     ),
                     flush=True,
@@ -471,10 +517,12 @@ def main() -> None:
     print(memory_table(rows))
     print()
     for goal in result['goals']:
+        flops = goal['by_flops']
         print(
             f'{"reached " if goal["reached"] else "SHORT OF"} '
             f'{goal["goal"]}: {goal["worst"]:.3g} (limit {goal["limit"]}, '
-            f'worst at {goal["where"]})'
+            f'worst at {goal["where"]}'
+            + (f', by operations {flops:.2f})' if flops else ')')
         )
 
 
