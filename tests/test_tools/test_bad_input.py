@@ -172,6 +172,28 @@ def test_auto_scale_lr_without_a_base(refuse):
     assert 'auto_scale_lr.base_batch_size' in line
 
 
+# The demo
+
+
+@pytest.mark.parametrize(
+    'images, said',
+    [
+        ('gone', 'gone does not exist'),
+        ('data', 'data has no images'),
+        ('det.py', 'det.py is not an image'),
+    ],
+)
+def test_demo_without_images(refuse, weights, images, said):
+    args = (images, 'det.py', weights(), '--out', 'out')
+    assert refuse('demo', *args).startswith(said)
+
+
+def test_demo_of_no_known_host(refuse, weights):
+    args = ('data/det/img', 'det.py', weights(), '--out', 'out')
+    line = refuse('demo', *args, '--cfg-options', 'default_scope=mmengine')
+    assert "default_scope='mmengine'" in line
+
+
 # The machine
 
 

@@ -100,6 +100,10 @@ def det_tests(det_resume, start, finish):
             *('test.py', 'det.py', checkpoint, '--work-dir', 'det_tta'),
             *('--tta', '--show-dir', 'pictures'),
         ),
+        demo=start(
+            *('demo.py', 'data/det/img', 'det.py', checkpoint),
+            *('--out', 'det_demo', '--score-thr', '0'),
+        ),
     )
     return {name: finish(run) for name, run in runs.items()}
 
@@ -116,6 +120,10 @@ def seg_tests(seg_resume, start, finish):
         tta=start(
             *('test.py', 'seg.py', checkpoint, '--work-dir', 'seg_tta'),
             '--tta',
+        ),
+        demo=start(
+            *('demo.py', 'data/seg/img/3.png', 'seg.py', checkpoint),
+            *('--out', 'seg_demo'),
         ),
     )
     return {name: finish(run) for name, run in runs.items()}
@@ -186,6 +194,15 @@ def test_det_tta_and_pictures(place, det_tests):
     assert scalars(place / 'det_tta') != scalars(place / 'det_theirs')
 
 
+def test_det_demo(place, det_tests):
+    assert det_tests['demo'].code == 0, det_tests['demo'].err
+    assert '8 pictures in det_demo' in det_tests['demo'].out
+    drawn = sorted((place / 'det_demo/vis').iterdir())
+    assert [file.name for file in drawn] == [f'{i}.png' for i in range(8)]
+    plain = cv2.imread(str(place / 'data/det/img/0.png'))
+    assert (cv2.imread(str(drawn[0])) != plain).any()
+
+
 def test_tta_keeps_what_the_config_packs():
     tool = runpy.run_path(str(ROOT / 'tools/test.py'))
     pipeline = [
@@ -234,6 +251,15 @@ def test_seg_metrics_and_label_maps(place, seg_tests):
     accuracy = scalars(place / 'seg_test')['aAcc']
     assert 100 * np.mean(right) == pytest.approx(accuracy, abs=0.01)
     assert len([*(place / 'seg_pictures').rglob('*.png')]) == 8
+
+
+def test_seg_demo(place, seg_tests):
+    assert seg_tests['demo'].code == 0, seg_tests['demo'].err
+    (drawn,) = (place / 'seg_demo/vis').iterdir()
+    plain = cv2.imread(str(place / 'data/seg/img/3.png'))
+    assert drawn.name == '3.png' and (cv2.imread(str(drawn)) != plain).any()
+    (labels,) = (place / 'seg_demo/pred').iterdir()
+    assert cv2.imread(str(labels), cv2.IMREAD_GRAYSCALE).shape == (64, 64)
 
 
 def test_seg_tta(place, seg_tests):
