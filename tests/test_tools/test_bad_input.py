@@ -519,7 +519,7 @@ def test_resumed_on_one_node_only(here, monkeypatch):
         from_cfg = staticmethod(lambda cfg: None)
 
     monkeypatch.setattr(
-        launch, 'all_gather_object', lambda resumed: [resumed, not resumed]
+        launch, 'all_gather_object', lambda resumed: [resumed, True]
     )
     cfg = Config.fromfile('det.py')
     cfg.work_dir = 'out'
