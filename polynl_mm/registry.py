@@ -16,6 +16,7 @@ _HOST_OF = {
     'polynl_mm.layers': 'mmcv',
     'polynl_mm.engine': 'mmengine',
     'polynl_mm.datasets': 'mmdet',
+    'polynl_mm.evaluation.wider_face_metric': 'mmengine',
 }
 _LOCATIONS = [name for name, host in _HOST_OF.items() if find_spec(host)]
 

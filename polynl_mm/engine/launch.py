@@ -290,13 +290,14 @@ def check_data(cfg: Config, *phases: str) -> None:
         if isinstance(evaluators, dict):
             evaluators = [evaluators]
         for evaluator in evaluators:
-            _check_path(
-                f'{phase}_evaluator: ann_file',
-                '',
-                evaluator.get('ann_file'),
-                cfg,
-                evaluator,
-            )
+            for key in ('ann_file', 'gt_dir'):
+                _check_path(
+                    f'{phase}_evaluator: {key}',
+                    '',
+                    evaluator.get(key),
+                    cfg,
+                    evaluator,
+                )
 
 
 def _check_path(
