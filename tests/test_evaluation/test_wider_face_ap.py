@@ -459,6 +459,7 @@ def test_what_other_detectors_write(files):
         b'1 2 3 4 0.1 \r\n'
         b'1 2 0 -4 12.1  \r\n\r\n'
     )
+    (folder / 'b--B/C.txt').write_bytes(b'C\n0\n\n \r\n')
     (folder / 'a--A/notes.md').write_text('not a prediction')
     (folder / 'pictures').mkdir()
     (folder / 'pictures/a.png').write_bytes(b'')
@@ -471,6 +472,7 @@ def test_what_other_detectors_write(files):
             [1, 2, 0, -4, 12.1],
         ],
     )
+    assert read()['b--B/C'].shape == (0, 5)
 
 
 def test_written_files_read_as_the_same_numbers(three, tmp_path):
