@@ -14,6 +14,7 @@ from mmengine.registry import Registry
 # a module bound to a host may be listed only where that host is installed.
 _HOST_OF = {
     'polynl_mm.layers': 'mmcv',
+    'polynl_mm.insertion': 'mmcv',
     'polynl_mm.engine': 'mmengine',
     'polynl_mm.datasets': 'mmdet',
     'polynl_mm.evaluation.wider_face_metric': 'mmengine',
