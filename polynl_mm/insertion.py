@@ -21,6 +21,7 @@ import torch
 from mmcv.cnn import build_plugin_layer
 from mmengine import registry as root
 from mmengine.model import BaseModel
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from .registry import MODELS
@@ -116,25 +117,27 @@ def insert_blocks(model: nn.Module, blocks: list[dict]) -> nn.Module:
         for path in _paths(index, entry, names)
     ]
     calls, idle = _dry_run(model, {path for _, path in plan})
-    built = {}
+    built, taken = [], set()
     for entry, path in plan:
+        module = names[path]
         if path in idle:
             raise ValueError(
                 f'{_type(model)} never calls {path!r}, or its forward only, '
                 'past all hooks: a block after it would never run; insert '
                 'after a module within'
             )
-        name, block, hook = _build(names[path], path, entry, calls[path])
-        if (path, name) in built or hasattr(names[path], name):
+        name, block, hook = _build(module, path, entry, calls[path])
+        if (module, name) in taken or hasattr(module, name):
             raise ValueError(
                 f'{path!r} has a {name!r} already: give the block another '
                 "name, dict(after=..., cfg=dict(..., postfix='_2'))"
             )
-        built[path, name] = block, hook
-    for (path, name), (block, hook) in built.items():
-        names[path].add_module(name, block.train(names[path].training))
-        names[path].register_forward_hook(hook, with_kwargs=True)
-    _warn_of_frozen(model, built)
+        taken.add((module, name))
+        built.append((module, block, hook))
+    for module, block, hook in built:
+        module.add_module(hook.name, block.train(module.training))
+        module.register_forward_hook(hook, with_kwargs=True)
+    _warn_of_frozen(model, [hook for *_, hook in built])
     model.init_weights = partial(_init_weights, model)
     return model
 
@@ -156,11 +159,17 @@ def _paths(index: int, entry: dict, names: dict) -> list[str]:
             f'{where} must have the keys after and cfg, and may have item; '
             f'unknown: {unknown}, missing: {missing}'
         )
+    if not isinstance(entry['after'], str) or 'type' not in entry['cfg']:
+        raise ValueError(
+            f'{where}: after must be a path, and cfg a dict with a type'
+        )
     parts = entry['after'].split('.')
     matched = [
         path
         for path in names
-        if path.count('.') == len(parts) - 1
+        # '*' is no pattern for the model itself, whose path is ''.
+        if bool(path) == bool(entry['after'])
+        and path.count('.') == len(parts) - 1
         and all(map(fnmatchcase, path.split('.'), parts))
     ]
     if not matched:
@@ -208,7 +217,8 @@ def _end(path: str, names: dict) -> str:
             f'more of its items; insert after one of them: '
             f'{[f"{path}.{name}" for name in module._modules]}'
         )
-    if 'BatchNorm' in _type(module):
+    # mmcv's own SyncBN is none of torch's.
+    if isinstance(module, _BatchNorm) or _type(module) == 'SyncBatchNorm':
         raise ValueError(
             f'{path!r} is a {_type(module)}: converting it to or from SyncBN '
             'makes a new one and would drop the block; insert after the '
@@ -525,16 +535,16 @@ def _init_block(block: nn.Module) -> None:
             return
 
 
-def _warn_of_frozen(model: nn.Module, built: dict) -> None:
+def _warn_of_frozen(model: nn.Module, hooks: list) -> None:
     """Hosts freeze in ``train``, which comes long after."""
     twin = _twin(model)
     twin.train()
-    for path, name in built:
-        block = twin.get_submodule(f'{path}.{name}'.lstrip('.'))
+    for hook in hooks:
+        block = getattr(twin.get_submodule(hook.path), hook.name)
         parameters = list(block.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             warnings.warn(
-                f'the block {name!r} after {path!r} will never learn: '
-                f'{_type(model)} freezes that part (frozen_stages)',
+                f'the block {hook.name!r} after {hook.path!r} will never '
+                f'learn: {_type(model)} freezes that part (frozen_stages)',
                 stacklevel=3,
             )
