@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 import warnings
+from collections import namedtuple
 
 import pytest
 import torch
@@ -689,13 +690,14 @@ def test_warns_of_a_frozen_block(cfg, after, frozen):
         model = build(cfg, [(after, POLY)])
     messages = [str(w.message) for w in caught if 'learn' in str(w.message)]
     assert len(messages) == frozen
+    (layer,) = layers_of(model).values()
     if frozen:
         assert f"'poly_nl' after '{after}' will never learn" in messages[0]
     # The model itself was not touched.
     assert all(y.beta.requires_grad for y in layers_of(model).values())
     model.train()
-    (layer,) = layers_of(model).values()
     assert layer.beta.requires_grad != frozen
+    assert layer.training != frozen
 
 
 # ---------------------------------------------- what the block is shown
@@ -753,6 +755,8 @@ class CountsRows(PolyNL2d):
     """Not the same for a map and its transpose."""
 
     def forward(self, x):
+        # Blocks written for maps take views.
+        assert x.is_contiguous()
         return x + torch.arange(x.shape[2])[:, None]
 
 
@@ -781,7 +785,7 @@ def test_tokens_to_a_2d_block(where, batch_first):
 
 def test_the_rest_of_a_tuple_passes():
     x, other = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 4, 4)
-    (got, passed), block = run_in_host([other, x], POLY, item=1)[::1]
+    (got, passed), block = run_in_host([other, x], POLY, item=1)
     assert got is other
     assert_close(passed, block(x))
     # Swin's last stage returns one feature twice.
@@ -789,6 +793,9 @@ def test_the_rest_of_a_tuple_passes():
     out, block = run_in_host((tokens, (3, 7), tokens, (3, 7)), POLY)
     assert type(out) is tuple and out[1] == out[3] == (3, 7)
     assert out[0] is out[2] and not torch.equal(out[0], tokens)
+    pair = namedtuple('pair', 'x size')
+    out, _ = run_in_host(pair(x, 9), POLY)
+    assert type(out) is pair and out.size == 9
 
 
 def test_stage_of_swin_and_one_of_its_outputs():
@@ -981,6 +988,20 @@ def test_module_called_past_its_hooks():
     ]
     with pytest.raises(ValueError, match="'decode_head', or its forward only"):
         build(cfg, [('decode_head', POLY)], 'mmseg')
+
+
+def test_container_that_runs_its_items():
+    head = dict(type='PSPHead', in_channels=8, channels=8, num_classes=4)
+    with pytest.raises(
+        ValueError, match="'psp_modules' is a PPM, .*modules.0"
+    ):
+        build(head, [('psp_modules', POLY)], 'mmseg')
+
+
+def test_block_in_the_mode_of_its_module():
+    model = Host(nn.Conv2d(3, 5, 1)).eval()
+    insert_blocks(model, [dict(after='inner', cfg=POLY)])
+    assert not model.inner.poly_nl.training
 
 
 def test_sequential_whose_end_is_shared():
