@@ -11,7 +11,11 @@ import torch
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.plugin import infer_abbr
 from mmengine.config import Config, ConfigDict
-from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
+from mmengine.model import (
+    BaseModule,
+    ExponentialMovingAverage,
+    revert_sync_batchnorm,
+)
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
@@ -509,6 +513,37 @@ def test_second_init_keeps_what_was_learnt():
     model = resnet(beta=0.5)
     model.init_weights()  # mmengine warns and does nothing
     assert all(y.beta == 0.5 for y in layers_of(model).values())
+
+
+class ZeroConv(BaseModule):
+    """Initialises itself in mmengine's way, which happens once only."""
+
+    def __init__(self, in_channels):
+        super().__init__(dict(type='Constant', layer='Conv2d', val=0))
+        self.conv = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+def test_host_that_initialises_again_at_the_end():
+    class Late(BaseModule):
+        def __init__(self):
+            super().__init__()
+            self.conv = ConvModule(3, 5, 1)
+
+        def init_weights(self):
+            super().init_weights()
+            for parameter in self.parameters():
+                nn.init.constant_(parameter, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    model = insert_blocks(Late(), [dict(after='', cfg=dict(type=ZeroConv))])
+    model.init_weights()
+    assert (model.conv.conv.weight == 1).all()
+    assert (model.zero_conv.conv.weight == 0).all()
 
 
 def test_moving_average_has_its_own_blocks():
