@@ -18,6 +18,7 @@ _HOST_OF = {
     'polynl_mm.engine': 'mmengine',
     'polynl_mm.datasets': 'mmdet',
     'polynl_mm.evaluation.wider_face_metric': 'mmengine',
+    'polynl_mm.models': 'mmdet',
 }
 _LOCATIONS = [name for name, host in _HOST_OF.items() if find_spec(host)]
 
@@ -29,8 +30,10 @@ def _child(parent: Registry) -> Registry:
 
 
 MODELS = _child(root.MODELS)
+TASK_UTILS = _child(root.TASK_UTILS)
 DATASETS = _child(root.DATASETS)
 TRANSFORMS = _child(root.TRANSFORMS)
 METRICS = _child(root.METRICS)
+VISUALIZERS = _child(root.VISUALIZERS)
 HOOKS = _child(root.HOOKS)
 RUNNERS = _child(root.RUNNERS)

@@ -1,5 +1,7 @@
 """Slow, independent truths. Imports nothing of polynl_mm."""
 
+import math
+
 import torch
 
 
@@ -114,3 +116,127 @@ def wider_face_curve(setting, judged):
         best = max(best, precisions[t])
         area += (recalls[t] - (recalls[t - 1] if t else 0)) * best
     return area, recalls, precisions
+
+
+def overlap(a, b, plus=0):
+    """IoU of two boxes x1 y1 x2 y2; ``plus`` 1 counts inclusive pixels."""
+
+    def area(x1, y1, x2, y2):
+        return max(x2 - x1 + plus, 0) * max(y2 - y1 + plus, 0)
+
+    shared = area(
+        max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    )
+    return shared / (area(*a) + area(*b) - shared)
+
+
+def vote_loop(boxes, scores, values, threshold, keep_single, max_num):
+    """Box voting as RetinaFace's official test code has it, box by box.
+
+    Boxes (n, 4), scores (n,) and values (n, d) are lists; returns lists of
+    averages and of scores.
+    """
+    rest = sorted(range(len(boxes)), key=lambda i: -scores[i])
+    means, best = [], []
+    while rest and len(means) < max_num:
+        top = rest[0]
+        joined = [
+            i for i in rest if overlap(boxes[top], boxes[i], 1) >= threshold
+        ]
+        rest = [i for i in rest if i not in joined]
+        if len(joined) == 1 and rest and not keep_single:
+            continue
+        total = sum(scores[i] for i in joined)
+        means.append(
+            [
+                sum(scores[i] * values[i][k] for i in joined) / total
+                for k in range(len(values[0]))
+            ]
+        )
+        best.append(scores[top])
+    return means, best
+
+
+def match_loop(anchors, faces, pos, neg, forced=None):
+    """Give each anchor its face, -1 (background) or None (neither).
+
+    An anchor is a face's from an IoU of ``pos`` on, background below ``neg``;
+    then, face by face, the best anchor of a face becomes its own from an IoU
+    of ``forced`` on.
+    """
+    result = []
+    for anchor in anchors:
+        ious = [overlap(anchor, face) for face in faces]
+        best = max(ious, default=0)
+        if best >= pos:
+            result.append(ious.index(best))
+        else:
+            result.append(-1 if best < neg else None)
+    if forced is not None:
+        for i, face in enumerate(faces):
+            ious = [overlap(anchor, face) for anchor in anchors]
+            if max(ious) >= forced:
+                result[ious.index(max(ious))] = i
+    return result
+
+
+def smooth_l1(x, beta):
+    """Smooth L1 loss of a number."""
+    x = abs(x)
+    return x * x / 2 / beta if x < beta else x - beta / 2
+
+
+def retinaface_losses_loop(
+    anchors, pictures, *, matching, ratio, softmax, box_stds, box_beta, std,
+    landmark_beta
+):  # fmt: skip
+    """RetinaFace's three losses, not weighted, anchor by anchor.
+
+    ``pictures`` holds per picture (faces, points, present, logits, deltas,
+    offsets) as nested lists: (n, 4), (n, 5, 2), (n, 5); then per anchor the
+    class logits (2 if softmax, background last, else 1), the box code and the
+    landmark code.
+    """
+    classes, boxes, landmarks, positives, marked = 0.0, 0.0, 0.0, 0, 0
+    for faces, points, present, logits, deltas, offsets in pictures:
+        match = match_loop(anchors, faces, *matching)
+        negatives, found = [], 0
+        for i, face in enumerate(match):
+            if face is None:
+                continue
+            z = logits[i][0] - logits[i][1] if softmax else logits[i][0]
+            loss = math.log1p(math.exp(z if face < 0 else -z))
+            if face < 0:
+                negatives.append(loss)
+                continue
+            classes += loss
+            found += 1
+            x1, y1, x2, y2 = anchors[i]
+            centre, size = ((x1 + x2) / 2, (y1 + y2) / 2), (x2 - x1, y2 - y1)
+            f = faces[face]
+            code = [
+                ((f[0] + f[2]) / 2 - centre[0]) / size[0],
+                ((f[1] + f[3]) / 2 - centre[1]) / size[1],
+                math.log((f[2] - f[0]) / size[0]),
+                math.log((f[3] - f[1]) / size[1]),
+            ]
+            boxes += sum(
+                smooth_l1(deltas[i][k] - code[k] / box_stds[k], box_beta)
+                for k in range(4)
+            )
+            marked += any(present[face])
+            for k in range(5):
+                for axis in range(2) if present[face][k] else ():
+                    target = points[face][k][axis] - centre[axis]
+                    landmarks += smooth_l1(
+                        offsets[i][2 * k + axis] - target / std / size[axis],
+                        landmark_beta,
+                    )
+        negatives.sort(reverse=True)
+        classes += sum(negatives[: ratio * found])
+        positives += found
+    return (
+        classes / max(positives, 1),
+        boxes / max(positives, 1),
+        landmarks / max(marked, 1),
+    )
