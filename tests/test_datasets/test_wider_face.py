@@ -8,7 +8,12 @@ pytest.importorskip('mmdet')
 from mmdet.evaluation import CocoMetric
 from mmengine.registry import DefaultScope
 
-from polynl_mm.datasets import WiderFaceDataset, read_bbx_gt
+from polynl_mm.datasets import (
+    WiderFaceDataset,
+    read_bbx_gt,
+    read_file_list,
+    read_landmark_labels,
+)
 from polynl_mm.registry import DATASETS
 
 # An official file in small: trailing blanks, a picture without faces and its
@@ -360,3 +365,350 @@ def test_the_type_is_found_from_mmdet():
     from mmdet.registry import DATASETS as MMDET
 
     assert MMDET.get('polynl_mm.WiderFaceDataset') is WiderFaceDataset
+
+
+# Landmark label files. The faces are those of OFFICIAL, degenerate ones
+# included; the second of the first picture has no landmarks.
+POINTS = '470 380 0.0 520.5 380 0.0 500 410 1.0 480 440 0.0 515 441 1.0'
+ABSENT = ' '.join(['-1.0'] * 15)
+KEYPOINTS = [
+    [470, 380, 2],
+    [520.5, 380, 2],
+    [500, 410, 1],
+    [480, 440, 2],
+    [515, 441, 1],
+]
+RETINAFACE = f"""\
+# {NAMES[0]}
+449 330 122 149 {POINTS} 0.82
+10 20 8 30 {ABSENT} 0.2
+# {NAMES[1]}
+# {NAMES[2]}
+7 8 0 30 {ABSENT} -1.0
+-3 -4 20 21 {ABSENT} 0.4
+# {NAMES[3]}
+5 6 40 50 {ABSENT} 0.4
+"""
+SCRFD = f"""\
+# {NAMES[0]} 1024 768
+449.00000 330.00000 571.00000 479.00000 {POINTS}
+10 20 18 50 1
+# {NAMES[1]} 1024 800
+# {NAMES[2]} 1024 801
+-3 -4 17 17 0
+# {NAMES[3]} 1024 801
+5 6 45 56
+"""
+
+
+@pytest.fixture
+def read_labels(tmp_path):
+    def read(text, **kwargs):
+        (tmp_path / 'label.txt').write_text(text)
+        return read_landmark_labels(tmp_path / 'label.txt', **kwargs)
+
+    return read
+
+
+@pytest.mark.parametrize('text', (RETINAFACE, SCRFD))
+def test_both_label_formats(read_labels, text):
+    images = read_labels(text, allow_degenerate=True)
+    assert list(images) == NAMES
+    faces = images[NAMES[0]]
+    assert faces.bboxes.tolist() == [[449, 330, 571, 479], [10, 20, 18, 50]]
+    assert faces.keypoints[0].tolist() == KEYPOINTS
+    assert faces.keypoints[1, :, 2].tolist() == [0] * 5
+    assert faces.ignore.tolist() == [False, text == SCRFD]
+    assert faces.lines.tolist() == [2, 3] and faces.header == 1
+    assert images[NAMES[1]].bboxes.shape == (0, 4)
+    assert images[NAMES[1]].keypoints.shape == (0, 5, 3)
+    assert images[NAMES[2]].bboxes.tolist()[-1] == [-3, -4, 17, 17]
+    assert not images[NAMES[2]].ignore.any()
+
+
+def test_a_label_file_of_boxes_alone(read_labels):
+    images = read_labels('# a/b.jpg\n1 2 3 4\n5 6 7 8\n')
+    faces = images['a/b.jpg']
+    assert faces.bboxes.tolist() == [[1, 2, 4, 6], [5, 6, 12, 14]]
+    assert not faces.keypoints[..., 2].any()
+
+
+def triples(flag):
+    return ' '.join([f'1 2 {flag}'] * 5)
+
+
+BROKEN_LABELS = (
+    ('1 2 3 4\n', 1, '# event/name.jpg or'),
+    ('# b.jpg\n', 1, '# event/name.jpg or'),
+    ('# a/b.jpg 4\n', 1, '# event/name.jpg or'),
+    ('# a/b.jpg 4 0\n', 1, '# event/name.jpg or'),
+    ('# a/b.jpg 4 x\n', 1, '# event/name.jpg or'),
+    ('#\n', 1, '# event/name.jpg or'),
+    ('# a/b.jpg\n# a/b.jpg\n', 2, 'not come before'),
+    ('# a/b.jpg\n# a/c.jpg 3 4\n', 2, 'the format of the headers'),
+    ('# a/b.jpg 3 4\n# a/c.jpg\n', 2, 'the format of the headers'),
+    ('# a/b.jpg\n1 2 3\n', 2, '4 or 20 numbers: x y w h'),
+    ('# a/b.jpg\n\n1 2 3 4 5\n', 3, '4 or 20 numbers: x y w h'),
+    (f'# a/b.jpg\n1 2 3 4 {triples(0)}\n', 2, '4 or 20 numbers'),
+    ('# a/b.jpg\n1 2 3 x\n', 2, '4 or 20 numbers'),
+    ('# a/b.jpg\n1 2 3 nan\n', 2, '4 or 20 numbers'),
+    ('# a/b.jpg\n1 2 inf 4\n', 2, '4 or 20 numbers'),
+    ('# a/b.jpg\na/c.jpg\n', 2, '4 or 20 numbers'),
+    ('# a/b.jpg\n1 2 -3 4\n', 2, 'w > 0 and h > 0'),
+    ('# a/b.jpg\n1 2 3 0\n', 2, 'w > 0 and h > 0'),
+    (f'# a/b.jpg\n1 2 3 4 {triples(2)} 0.5\n', 2, '-1, 0 or 1 as the flag'),
+    ('# a/b.jpg 3 4\n1 2 3\n', 2, '4 or 5 or 19 numbers: x1 y1 x2 y2'),
+    ('# a/b.jpg 3 4\n9 2 3 4\n', 2, 'x2 > x1 and y2 > y1'),
+    ('# a/b.jpg 3 4\n1 2 3 2\n', 2, 'x2 > x1 and y2 > y1'),
+    ('# a/b.jpg 3 4\n1 2 3 4 0.5\n', 2, '0 or 1 as the fifth number'),
+    (f'# a/b.jpg 3 4\n1 2 3 4 {triples(-2)}\n', 2, '-1, 0 or 1 as the flag'),
+)
+
+
+@pytest.mark.parametrize('text, line, expected', BROKEN_LABELS)
+def test_a_broken_label_line_is_shown(
+    read_labels, tmp_path, text, line, expected
+):
+    with pytest.raises(ValueError) as error:
+        read_labels(text)
+    message = str(error.value)
+    assert message.startswith(f'{tmp_path / "label.txt"}, line {line}: got ')
+    assert expected in message and '\n' not in message
+    errors = []
+    read_labels(text, errors=errors)
+    assert message in errors
+
+
+def test_an_empty_label_file(read_labels):
+    with pytest.raises(ValueError, match='label.txt: empty'):
+        read_labels('\n')
+
+
+def test_all_broken_label_lines_are_collected(read_labels):
+    errors = []
+    images = read_labels(
+        '# a/b.jpg\n1 2 3\n1 2 3 4\n1 2 0 4\n'
+        '# c\n1 2 3 4\nx\n# d/e.jpg\n5 6 7 8\n',
+        errors=errors,
+    )
+    assert [e.split(', line ')[1].split(':')[0] for e in errors] == [
+        '2',
+        '4',
+        '5',
+        '7',
+    ]
+    assert {name: len(faces.bboxes) for name, faces in images.items()} == {
+        'a/b.jpg': 1,
+        'd/e.jpg': 1,
+    }
+
+
+def test_all_broken_official_lines_are_collected(tmp_path):
+    file = tmp_path / 'gt.txt'
+    file.write_text(
+        f'a/b.jpg\n2\n{FACE}\n1 2 3\n'  # line 4
+        f'c/d.jpg\nmany\n{FACE}\n'  # line 6
+        f'e/f.jpg\n2\n{FACE}\n'
+        f'g/h.jpg\n1\n{FACE}\n{FACE}\n'  # lines 11 and 14
+        f'i/j.jpg\n1\n'  # the end
+    )
+    errors = []
+    images = read_bbx_gt(file, errors)
+    assert [e.split('line ')[-1].split(':')[0] for e in errors[:-1]] == [
+        '4',
+        '6',
+        '11',
+        '14',
+    ]
+    assert 'ends where face 1 of 1 of i/j.jpg' in errors[-1]
+    assert {name: len(faces) for name, faces in images.items()} == {
+        'a/b.jpg': 1,
+        'e/f.jpg': 1,
+        'g/h.jpg': 1,
+        'i/j.jpg': 0,
+    }
+
+
+def test_the_list_of_test_pictures(tmp_path):
+    file = tmp_path / 'list.txt'
+    file.write_text('\n'.join(NAMES))
+    assert read_file_list(file) == NAMES
+    for text, message in (
+        ('a/b.jpg\nb.jpg\n', "line 2: got 'b.jpg', expected a picture"),
+        ('a/b.jpg\na/b.jpg\n', 'line 2: .* not come before'),
+        ('', 'empty'),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_file_list(file)
+        errors = []
+        read_file_list(file, errors)
+        assert len(errors) == 1
+
+
+LABELS = 'retinaface_gt_v1.1/train/label.txt'
+
+
+@pytest.fixture
+def labelled(release):
+    """Write a release's label file."""
+
+    def write(text=RETINAFACE):
+        file = release / LABELS
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return release
+
+    return write
+
+
+@pytest.mark.parametrize('text', (RETINAFACE, SCRFD))
+def test_landmarks_come_to_the_official_faces(labelled, text):
+    root = labelled(text)
+    plain = build(root)
+    dataset = build(root, landmark_file=LABELS)
+    for i in range(len(plain)):
+        faces = copy.deepcopy(dataset[i]['instances'])
+        keypoints = [face.pop('keypoints') for face in faces]
+        assert faces == plain[i]['instances']
+        for k, points in enumerate(keypoints):
+            flags = [0] * 5 if (i, k) != (0, 0) else [2, 2, 1, 2, 1]
+            assert points[2::3] == flags
+    points = dataset[0]['instances'][0]['keypoints']
+    assert points == [value for point in KEYPOINTS for value in point]
+
+
+def test_an_absolute_landmark_file_stays_as_it_is(labelled):
+    root = labelled()
+    dataset = build(root, landmark_file=str(root / LABELS))
+    assert dataset.landmark_file == str(root / LABELS)
+
+
+def test_equal_boxes_take_their_landmarks_in_order(labelled):
+    root = labelled(
+        f'# {NAMES[0]}\n5 6 40 50 {ABSENT} 1\n5 6 40 50 {POINTS} 1\n'
+    )
+    (root / ANN).write_text(
+        OFFICIAL.replace('449 330 122 149 0', '5 6 40 50 2')
+    )
+    faces = build(root, landmark_file=LABELS)[0]['instances']
+    assert [face['blur'] for face in faces] == [2, 2, 1]
+    assert [sum(face['keypoints'][2::3]) for face in faces] == [0, 0, 8]
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    (
+        (
+            ('8 30', '9 30'),
+            r'line 3: got a face of .*\[10\.0, 20\.0, 19\.0, 50',
+        ),
+        (('7 8 0 30', '7 8 0 31'), 'line 6: got a face of '),
+        (('-3 -4', '7 8 0 30 ' + ABSENT + ' 1\n-3 -4'), 'line 7: got a face'),
+        (('0_Parade_a_2', '0_Parade_x'), "line 4: .*'0--Parade/0_Parade_x"),
+        ((POINTS, ABSENT), 'none of its faces has landmarks'),
+        ((POINTS, POINTS[:-4]), 'line 2: got'),
+    ),
+)
+def test_labels_that_do_not_fit(labelled, change, message):
+    root = labelled(RETINAFACE.replace(*change))
+    with pytest.raises(ValueError, match=message) as error:
+        build(root, landmark_file=LABELS)
+    assert LABELS in str(error.value)
+
+
+@pytest.mark.parametrize('text', (RETINAFACE, SCRFD))
+def test_a_label_file_alone(labelled, text):
+    root = labelled(text)
+    dataset = build(root, ann_file=LABELS, skip_degenerate=True)
+    assert ids(dataset) == IDS
+    assert dataset[0]['instances'] == [
+        dict(
+            bbox=[449, 330, 571, 479],
+            bbox_label=0,
+            ignore_flag=0,
+            keypoints=[value for point in KEYPOINTS for value in point],
+        ),
+        dict(
+            bbox=[10, 20, 18, 50],
+            bbox_label=0,
+            ignore_flag=int(text == SCRFD),
+            keypoints=[-1, -1, 0] * 5,
+        ),
+    ]
+    assert dataset[1]['instances'] == []
+    assert [face['bbox'] for face in dataset[2]['instances']] == [
+        [-3, -4, 17, 17]
+    ]
+    assert [f['ignore_flag'] for f in dataset[3]['instances']] == [0]
+    small = build(root, ann_file=LABELS, skip_degenerate=True, min_size=21)
+    assert [f['ignore_flag'] for f in small[0]['instances']] == [0, 1]
+
+
+def test_degenerate_labels_alone_are_an_error(labelled):
+    with pytest.raises(ValueError, match='line 6: .*w > 0 and h > 0'):
+        build(labelled(), ann_file=LABELS)
+
+
+def test_invalid_faces_are_learnt_if_told(release):
+    faces = build(release, ignore_invalid=False)[0]['instances']
+    assert [face['ignore_flag'] for face in faces] == [0, 0, 0]
+    assert [face['invalid'] for face in faces] == [0, 0, 1]
+
+
+def test_the_test_set(release):
+    file = release / 'wider_face_split/wider_face_test_filelist.txt'
+    file.write_text(''.join(f'{name}\n' for name in NAMES))
+    dataset = build(release, ann_file=str(file), test_mode=True)
+    assert ids(dataset) == IDS
+    assert dataset[0]['instances'] == []
+    with pytest.raises(ValueError, match='test_filelist.*test_mode=True'):
+        build(release, ann_file=str(file))
+
+
+@pytest.mark.parametrize('ann', ('list.txt', LABELS))
+def test_a_landmark_file_goes_with_the_official_annotation(labelled, ann):
+    root = labelled()
+    (root / 'list.txt').write_text('\n'.join(NAMES))
+    with pytest.raises(ValueError, match='landmark_file goes with'):
+        build(
+            root,
+            ann_file=ann,
+            landmark_file=LABELS,
+            test_mode=True,
+            skip_degenerate=True,
+        )
+
+
+def test_a_missing_landmark_file_is_named(release):
+    with pytest.raises(FileNotFoundError, match=f'{LABELS}: not there'):
+        build(release, landmark_file=LABELS)
+
+
+def test_pipeline_gives_landmarks(labelled):
+    import cv2
+
+    root = labelled()
+    picture = root / 'WIDER_train/images' / NAMES[0]
+    cv2.imwrite(str(picture), np.full((500, 600, 3), 90, np.uint8))
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        dataset = build(
+            root,
+            landmark_file=LABELS,
+            pipeline=[
+                dict(type='polynl_mm.LoadImageFromFile'),
+                dict(type='polynl_mm.LoadAnnotations', with_keypoints=True),
+                dict(type='polynl_mm.Resize', scale_factor=0.5),
+                dict(type='polynl_mm.RandomFlip', prob=1.0),
+                dict(type='polynl_mm.PackDetInputs'),
+            ],
+        )
+    sample = dataset[0]['data_samples']
+    faces = sample.gt_instances
+    assert faces.keypoints.shape == (2, 5, 2)
+    assert faces.keypoints_visible.tolist() == [[1] * 5, [0] * 5]
+    np.testing.assert_allclose(
+        faces.keypoints[0],
+        [[39.75, 190], [65, 190], [50, 205], [42.5, 220.5], [60, 220]],
+    )
+    assert sample.ignored_instances.keypoints_visible.tolist() == [[0] * 5]
