@@ -107,6 +107,8 @@ def test_files_are_those_of_the_official_release(wider):
         'wider_face_split/wider_face_val_bbx_gt.txt',
         'ground_truth/wider_face_val.mat',
         *(f'ground_truth/wider_{s}_val.mat' for s in SETTINGS),
+        'retinaface_gt_v1.1/train/label.txt',
+        'retinaface_gt_v1.1/val/label.txt',
     }
     for split in SIZES:
         expected |= {
@@ -293,7 +295,7 @@ def labels(tool, *placed):
     canvas = np.zeros((100, 100, 3), np.float32)
     white = np.ones((25, 25, 3), np.float32)
     stamps = [tool.stamp(canvas, white, p[:2], p[2], 0.0) for p in placed]
-    look = [0, 0, 0, 0, 0]
+    look = [0, 0, 0, 0, None, 0]
     return tool.wider_faces(stamps, [look] * len(stamps), 100, 100)
 
 
@@ -420,3 +422,167 @@ def test_a_missing_package_is_named(tool, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='scikit-image is not installed'):
         tool.main(['wider_face', '--out', str(tmp_path / 'out'), *ARGS])
     assert os.listdir(tmp_path) == []
+
+
+LABELS = 'retinaface_gt_v1.1'
+
+
+def parse_labels(root, split):
+    """Read RetinaFace's label file as strictly as it is written."""
+    images = {}
+    for line in (root / LABELS / split / 'label.txt').read_text().split('\n'):
+        if line.startswith('# '):
+            rows = images[line[2:]] = []
+        elif line:
+            rows.append([float(word) for word in line.split(' ')])
+    return images
+
+
+@pytest.mark.parametrize('split, count', (('train', 20), ('val', 4)))
+def test_label_file_has_the_faces_of_the_annotation(wider, split, count):
+    images, labels = parse(wider, split), parse_labels(wider, split)
+    assert list(images) == list(labels)
+    known = 0
+    for name, faces in images.items():
+        assert [row[:4] for row in labels[name]] == [f[:4] for f in faces]
+        for face, row in zip(faces, labels[name]):
+            assert len(row) == count
+            if split == 'val':
+                continue
+            points = np.array(row[4:19]).reshape(5, 3)
+            assert 0 <= row[19] <= 1
+            if (points == -1).all():
+                continue
+            known += 1
+            assert not face[7] and (points[:, 2] >= 0).all()
+            x, y, w, h = face[:4]
+            left_eye, right_eye, nose, left, right = points[:, :2]
+            assert left_eye[0] < right_eye[0] and left[0] < right[0]
+            # A point that is to be seen is in its box, or nearly.
+            seen = points[points[:, 2] == 0, :2]
+            assert (seen > (x - 0.1 * w - 1, y - 1)).all()
+            assert (seen < (x + 1.1 * w + 1, y + h + 1)).all()
+    faces = sum(map(len, images.values()))
+    assert split == 'val' or 0.2 * faces < known < 0.8 * faces
+
+
+def test_the_data_set_takes_the_label_files(wider):
+    pytest.importorskip('mmdet')
+    from polynl_mm.datasets import WiderFaceDataset
+
+    dataset = WiderFaceDataset(
+        data_root=str(wider),
+        ann_file='wider_face_split/wider_face_train_bbx_gt.txt',
+        landmark_file=f'{LABELS}/train/label.txt',
+        data_prefix=dict(img='WIDER_train/images'),
+    )
+    faces = [f for data in dataset for f in data['instances']]
+    rows = sum(parse_labels(wider, 'train').values(), [])
+    known = sum(row[6] >= 0 for row in rows)
+    assert sum(f['keypoints'][2] > 0 for f in faces) == known > 10
+    with pytest.raises(ValueError, match='none of its faces has landmarks'):
+        WiderFaceDataset(
+            data_root=str(wider),
+            ann_file='wider_face_split/wider_face_val_bbx_gt.txt',
+            landmark_file=f'{LABELS}/val/label.txt',
+            data_prefix=dict(img='WIDER_val/images'),
+        )
+
+
+def test_landmarks_of_the_patches(tool):
+    known = [i for i in range(100) if tool.patch_landmarks(i) is not None]
+    assert len(known) >= 30 and set(known) == set(tool.LANDMARK_CORRECTIONS)
+    assert not tool.COVERED & set(known)
+    points = np.array([tool.patch_landmarks(i) for i in known])
+    assert points.shape == (len(known), 5, 2)
+    mean = points.mean(0)
+    np.testing.assert_allclose(mean, tool.LANDMARK_TEMPLATE, atol=0.06)
+    assert abs(points - mean).max() < 5
+    # An eye is darker than what is under it, below it and half a mouth off.
+    file = tool.package_file('skimage', 'data/lfw_subset.npy')
+    patches = np.load(file)[:100]
+    darker = 0
+    for i, (left, right, *_) in zip(known, points):
+        smooth = cv2.blur(patches[i].astype(np.float32), (3, 3))
+        for x, y in (left, right):
+            darker += smooth[int(y), int(x)] < smooth[int(y) + 4, int(x)]
+    assert darker > 0.9 * 2 * len(known)
+
+
+@pytest.mark.parametrize('roll', (0.0, 0.4, -0.9))
+@pytest.mark.parametrize('size', (45.0, 70.3))
+def test_points_go_where_the_pixels_go(tool, roll, size):
+    """Points of a patch are drawn into it and found on the canvas."""
+    for point in ((6.5, 8.5), (16.5, 9.5), (11.5, 14.5), (8.5, 18.5)):
+        patch = np.zeros((25, 25, 3), np.float32)
+        patch[int(point[1]), int(point[0])] = 1
+        canvas = np.zeros((130, 140, 3), np.float32)
+        place = tool.stamp(canvas, patch, (68.3, 61.8), size, roll)
+        grey = canvas[..., 0].clip(0)
+        ys, xs = np.indices(grey.shape) + 0.5
+        centre = ((xs * grey).sum(), (ys * grey).sum()) / grey.sum()
+        found = place.to_canvas(np.array([point]) / 25)[0]
+        np.testing.assert_allclose(found, centre, atol=0.15)
+
+
+class Dice:
+    """A generator that mirrors or does not, and takes patch k."""
+
+    def __init__(self, k, mirror):
+        self.rng = np.random.default_rng(0)
+        self.k, self.first = k, 0.0 if mirror else 0.9
+
+    def integers(self, *args):
+        return self.k
+
+    def random(self):
+        value, self.first = self.first, 0.9
+        return value
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)
+
+
+@pytest.mark.parametrize('mirror', (False, True))
+def test_a_mirrored_patch_has_mirrored_points(tool, mirror):
+    ids = np.array([4, 56])
+    grey = np.zeros((2, 25, 25), np.float32)
+    points = tool.patch_landmarks(56)
+    for x, y in points:
+        grey[1, int(y), int(x)] = 1
+    patches = tool.Patches(grey, ids, grey)
+    canvas = np.full((50, 50, 3), 0.5, np.float32)
+
+    def dress(k):
+        dice = Dice(k, mirror)
+        dice.choice = lambda options: 0.0
+        return tool.wider_face_pixels(dice, patches, canvas, (25, 25), 25)
+
+    pixels, *_, found = dress(1)
+    marked = pixels.sum(2) > pixels.max() / 2
+    assert marked.sum() == 5
+    for x, y in found * 25:
+        assert marked[int(y), int(x)]
+    expected = points
+    if mirror:
+        expected = [(25 - points[k, 0], points[k, 1]) for k in (1, 0, 2, 4, 3)]
+    np.testing.assert_allclose(found * 25, expected)
+    assert dress(0)[-1] is None
+
+
+def test_covered_and_cut_off_landmarks_are_occluded(tool):
+    canvas = np.zeros((100, 100, 3), np.float32)
+    white = np.ones((25, 25, 3), np.float32)
+    points = np.array(tool.LANDMARK_TEMPLATE) / 25
+    under = tool.stamp(canvas, white, (40, 50), 40, 0.0)
+    over = tool.stamp(canvas, white, (48, 44), 24, 0.0)
+    look = [0, 0, 0, 0, points, 0]
+    first, second = tool.wider_faces([under, over], [look] * 2, 100, 100)
+    assert [flag for *_, flag in second.landmarks] == [0] * 5
+    assert [flag for *_, flag in first.landmarks] == [0, 1, 0, 0, 0]
+    cut = tool.stamp(canvas, white, (11, 50), 60, 0.0)
+    (face,) = tool.wider_faces([cut], [look], 100, 100)
+    assert [flag for *_, flag in face.landmarks] == [1, 0, 0, 1, 0]
+    gone = tool.stamp(canvas, white, (-5, 50), 40, 0.0)
+    (face,) = tool.wider_faces([gone], [look], 100, 100)
+    assert face.invalid and face.landmarks is None
