@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import HOOKS, MODELS, DefaultScope
 
 from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
 
@@ -67,6 +67,14 @@ def test_there_are_configs():
 @pytest.mark.parametrize('name', NAMES)
 def test_parses(name):
     assert Config.fromfile(CONFIGS / name).to_dict()
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_best_checkpoint_can_be_told(name):
+    """mmengine knows what is better only of metrics of its own hosts."""
+    cfg = Config.fromfile(CONFIGS / name)
+    hook = HOOKS.build(cfg.default_hooks.checkpoint)
+    assert hook.save_best is None or hook.key_indicators
 
 
 @pytest.mark.parametrize('name', LEAVES)

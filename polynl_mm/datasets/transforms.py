@@ -145,7 +145,33 @@ class Resize(host.Resize):
     """mmdet's, and it moves the landmarks, which it never clips.
 
     ``clip_object_border`` is about boxes.
+
+    Args:
+        *args: See :class:`mmdet.datasets.transforms.Resize`, and so for
+            ``**kwargs``.
+        max_side (int, optional): Most pixels that the longer side may get,
+            whatever ``scale`` or ``scale_factor`` asks for, so that no
+            picture exhausts the memory.
+
+    Raises:
+        ValueError: ``max_side`` is below 1.
     """
+
+    def __init__(self, *args, max_side: int | None = None, **kwargs) -> None:
+        """Check the argument."""
+        super().__init__(*args, **kwargs)
+        if max_side is not None and max_side < 1:
+            raise ValueError(f'max_side must be at least 1, got {max_side}')
+        self.max_side = max_side
+
+    def _resize_img(self, results: dict) -> None:
+        longer = max(results['scale'])
+        if self.max_side is not None and longer > self.max_side:
+            results['scale'] = tuple(
+                max(round(side * self.max_side / longer), 1)
+                for side in results['scale']
+            )
+        super()._resize_img(results)
 
     def transform(self, results: dict) -> dict:
         """Resize picture, boxes and landmarks."""

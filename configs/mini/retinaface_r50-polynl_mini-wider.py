@@ -1,20 +1,36 @@
-# A narrow RetinaNet with Poly-NL in its ResNet-50, from scratch, in a few
+# A narrow RetinaFace with Poly-NL in its ResNet-50, from scratch, in a few
 # minutes on two CPU processes:
 #   python tools/make_mini_data.py wider_face --out data/mini_wider --seed 0
-#   bash tools/dist_train.sh configs/mini/retinanet_r50-polynl_mini-wider.py 2
+#   bash tools/dist_train.sh configs/mini/retinaface_r50-polynl_mini-wider.py 2
 _base_ = [
-    'mmdet::_base_/models/retinanet_r50_fpn.py',
+    '../_base_/models/retinaface_r50_p2-p6.py',
+    '../_base_/datasets/wider_face.py',
     'mmdet::_base_/default_runtime.py',
 ]
 
+norm_cfg = dict(type='BN', requires_grad=True)
+neck = _base_.model.neck
+neck[0].update(
+    in_channels=[32, 64, 128, 256],
+    start_level=1,
+    num_outs=3,
+    add_extra_convs=False,
+    out_channels=48,
+    norm_cfg=norm_cfg,
+)
+neck[1].update(
+    num_scales=3,
+    in_channels=[48, 48, 48],
+    out_channels=[48, 48, 48],
+    norm_cfg=norm_cfg,
+)
 model = dict(
     backbone=dict(
         base_channels=8,
         stem_channels=16,
-        # From scratch, so nothing is frozen, and the branches must not start
-        # at zero: Poly-NL behind a zero learns nothing.
-        frozen_stages=-1,
-        norm_eval=False,
+        norm_cfg=norm_cfg,
+        # From scratch the branches must not start at zero: Poly-NL behind a
+        # zero learns nothing.
         zero_init_residual=False,
         init_cfg=None,
         plugins=[
@@ -25,13 +41,9 @@ model = dict(
             )
         ],
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=48, num_outs=3),
+    neck=neck,
     bbox_head=dict(
-        num_classes=1,
         in_channels=48,
-        feat_channels=48,
-        stacked_convs=1,
-        norm_cfg=dict(type='GN', num_groups=8),
         # Squares of 16 to 102 pixels, made a little higher than wide.
         anchor_generator=dict(
             octave_base_scale=2, ratios=[1.2], strides=[8, 16, 32]
@@ -39,63 +51,29 @@ model = dict(
     ),
 )
 
-dataset_type = 'polynl_mm.WiderFaceDataset'
-data_root = 'data/mini_wider'
-
+data_root = 'data/mini_wider/'
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale_factor=1.0, keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='polynl_mm.LoadImageFromFile'),
     dict(
-        type='PackDetInputs',
-        # CocoMetric takes the ground truth from 'instances'.
-        meta_keys=(
-            'img_id',
-            'img_path',
-            'ori_shape',
-            'img_shape',
-            'scale_factor',
-            'instances',
-        ),
+        type='polynl_mm.LoadAnnotations', with_bbox=True, with_keypoints=True
     ),
+    dict(type='polynl_mm.RandomFlip', prob=0.5),
+    dict(type='polynl_mm.PackDetInputs'),
 ]
-
 # The pictures are small: a worker would only take time from the training.
 train_dataloader = dict(
-    batch_size=4,
     num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        ann_file='wider_face_split/wider_face_train_bbx_gt.txt',
-        data_prefix=dict(img='WIDER_train/images'),
-        filter_cfg=dict(filter_empty_gt=True),
-        pipeline=train_pipeline,
-    ),
+    persistent_workers=False,
+    dataset=dict(data_root=data_root, pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=8,
     num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        ann_file='wider_face_split/wider_face_val_bbx_gt.txt',
-        data_prefix=dict(img='WIDER_val/images'),
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
+    persistent_workers=False,
+    dataset=dict(data_root=data_root, pipeline=_base_.original_pipeline),
 )
 test_dataloader = val_dataloader
-
-val_evaluator = dict(type='CocoMetric', metric='bbox')
+val_evaluator = dict(gt_dir=data_root + 'ground_truth')
 test_evaluator = val_evaluator
 
 # Validates after epochs 1, 4, 8, 12 and 16.
@@ -139,7 +117,10 @@ auto_scale_lr = dict(base_batch_size=8)
 
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(max_keep_ckpts=1, save_best='coco/bbox_mAP'),
+    checkpoint=dict(
+        max_keep_ckpts=1, save_best='wider_face/hard', rule='greater'
+    ),
     visualization=dict(score_thr=0.5),
 )
+visualizer = dict(type='polynl_mm.FaceVisualizer')
 randomness = dict(seed=0)

@@ -1,0 +1,4 @@
+_base_ = './retinaface_r50-polynl-c4_p2-p6_8xb4-160e_wider-face.py'
+model = dict(data_preprocessor=dict(pad_size_divisor=640))
+val_dataloader = dict(dataset=dict(pipeline=_base_.vga_pipeline))
+test_dataloader = val_dataloader

@@ -1,0 +1,12 @@
+_base_ = './tinaface_r50_p2-p7_8xb4-160e_wider-face.py'
+model = dict(
+    backbone=dict(
+        plugins=[
+            dict(
+                cfg=dict(type='polynl_mm.PolyNL2d'),
+                stages=(False, False, True, False),
+                position='after_conv3',
+            )
+        ]
+    )
+)
