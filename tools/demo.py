@@ -10,6 +10,7 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
     sys.path.insert(0, ROOT)
 
 import cv2
+from mmcv.transforms import TRANSFORMS, LoadImageFromFile
 
 from polynl_mm.engine import launch
 from polynl_mm.engine.launch import StartError
@@ -79,6 +80,17 @@ def inferencer_class(cfg):
     )
 
 
+def plain_loader(cfg):
+    """Name the loader of the test pipeline as the inferencers know it.
+
+    They put their own in its place, but only in that of mmcv's.
+    """
+    for transform in cfg.test_dataloader.dataset.pipeline:
+        kind = TRANSFORMS.get(transform.type)
+        if kind is not None and issubclass(kind, LoadImageFromFile):
+            transform.type = 'LoadImageFromFile'
+
+
 def main():
     """Draw."""
     args = parse_args()
@@ -87,6 +99,7 @@ def main():
     launch.require(cfg, 'model', 'test_dataloader', 'visualizer')
     kind = inferencer_class(cfg)
     launch.check_checkpoint(cfg, args.checkpoint)
+    plain_loader(cfg)
     # Nothing but the pictures below is to be stored.
     cfg.visualizer.vis_backends = None
     infer = kind(model=cfg, weights=args.checkpoint, device=args.device)

@@ -359,8 +359,8 @@ def match_landmarks(
         float64 keypoints; a face that ``labels`` does not have has flag 0.
 
     Raises:
-        ValueError: ``labels`` has a picture or a box that ``faces`` does not
-            have.
+        ValueError: ``labels`` has a picture, or a box of some area, that
+            ``faces`` does not have.
     """
 
     def report(line: int, message: str) -> None:
@@ -387,7 +387,9 @@ def match_landmarks(
             found = free.get(tuple(bbox))
             if found:
                 matched[name][found.pop(0)] = points
-            else:
+            elif bbox[0] < bbox[2] and bbox[1] < bbox[3]:
+                # One without area, such as the zeros that stand for no face,
+                # could not be learnt anyway.
                 report(
                     line,
                     f'a face of {name} with the box {bbox} (x1 y1 x2 y2), '
@@ -419,8 +421,10 @@ def annotation_format(path: str | os.PathLike) -> str:
 class WiderFaceDataset(BaseDetDataset):
     """WIDER Face, read from its text annotation, with landmarks if given.
 
-    No conversion is needed. ``data_root`` is where the official archives
-    were unzipped::
+    No conversion is needed, other than for mmdet's ``WIDERFaceDataset``, which
+    reads PASCAL VOC files that a third party's script makes, and has neither
+    attributes nor landmarks. ``data_root`` is where the official archives were
+    unzipped::
 
         dict(type='polynl_mm.WiderFaceDataset',
              data_root='data/WIDERFace',

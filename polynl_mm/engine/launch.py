@@ -277,7 +277,9 @@ def check_data(cfg: Config, *phases: str) -> None:
     for phase in phases:
         for dataset in leaf_datasets(cfg.get(f'{phase}_dataloader') or {}):
             root = dataset.get('data_root') or ''
-            files = {'data_root': root, 'ann_file': dataset.get('ann_file')}
+            files = {'data_root': root}
+            for key in ('ann_file', 'landmark_file'):
+                files[key] = dataset.get(key)
             for key, prefix in (dataset.get('data_prefix') or {}).items():
                 # A test set may come without its labels.
                 if phase != 'test' or key.startswith('img'):
@@ -314,7 +316,7 @@ def _check_path(
         raise StartError(
             f'config {cfg.filename}: {key}={path!r}: {full} does not exist'
         )
-    if key.endswith('ann_file') and os.path.getsize(full) == 0:
+    if key.endswith('_file') and os.path.getsize(full) == 0:
         raise StartError(
             f'config {cfg.filename}: {key}={path!r}: {full} is empty'
         )

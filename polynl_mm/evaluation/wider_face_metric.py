@@ -37,9 +37,10 @@ class WiderFaceMetric(BaseMetric):
     setting keeps no face.
 
     Args:
-        gt_dir (str): ``eval_tools/ground_truth`` of the official evaluation,
-            the folder with ``wider_face_val.mat`` and
-            ``wider_{easy,medium,hard}_val.mat``.
+        gt_dir (str, optional): ``eval_tools/ground_truth`` of the official
+            evaluation, the folder with ``wider_face_val.mat`` and
+            ``wider_{easy,medium,hard}_val.mat``. None only writes, for the
+            test split, whose ground truth nobody has.
         out_dir (str, optional): Write the predictions here, before they are
             evaluated, in the form of the official tools: one
             ``event/name.txt`` per picture. What lies there of other pictures
@@ -53,17 +54,17 @@ class WiderFaceMetric(BaseMetric):
 
     Raises:
         FileNotFoundError: A file of the ground truth is not there.
-        ValueError: The ground truth is malformed; a sample is of no picture
-            in it, without id, or of another class than 0; at the end, a
-            picture was tested twice or not at all, or a number is not
-            finite.
+        ValueError: Neither ``gt_dir`` nor ``out_dir`` is given; the ground
+            truth is malformed; a sample is of no picture in it, without id,
+            or of another class than 0; at the end, a picture was tested twice
+            or not at all, or a number is not finite.
     """
 
     default_prefix = 'wider_face'
 
     def __init__(
         self,
-        gt_dir: str,
+        gt_dir: str | None,
         out_dir: str | None = None,
         missing_as_empty: bool = False,
         collect_device: str = 'cpu',
@@ -73,8 +74,10 @@ class WiderFaceMetric(BaseMetric):
         """Read the ground truth, so that a wrong path shows at once."""
         super().__init__(collect_device, prefix, collect_dir)
         self.gt_dir = gt_dir
-        self.gt = load_wider_face_gt(gt_dir)
-        self._images = frozenset(self.gt.images)
+        if gt_dir is None and out_dir is None:
+            raise ValueError('gt_dir or out_dir expected, got neither')
+        self.gt = None if gt_dir is None else load_wider_face_gt(gt_dir)
+        self._images = frozenset(self.gt.images if self.gt else ())
         if out_dir is not None:
             os.makedirs(out_dir, exist_ok=True)
         self.out_dir = out_dir
@@ -89,7 +92,7 @@ class WiderFaceMetric(BaseMetric):
         """
         for sample in data_samples:
             image = sample.get('img_id')
-            if image not in self._images:
+            if self.gt is not None and image not in self._images:
                 raise ValueError(
                     f'{self.gt_dir}: the ground truth has no picture '
                     f'img_id={image!r}, expected an event/name such as '
@@ -117,7 +120,8 @@ class WiderFaceMetric(BaseMetric):
                 predictions.
 
         Returns:
-            dict[str, float]: ``easy``, ``medium``, ``hard``.
+            dict[str, float]: ``easy``, ``medium``, ``hard``; nothing without
+            ground truth.
         """
         predictions = dict(results)
         if self.out_dir is not None:
@@ -127,6 +131,8 @@ class WiderFaceMetric(BaseMetric):
                 f'{len(results)} pictures were tested, but only '
                 f'{len(predictions)} different ones: some more than once'
             )
+        if self.gt is None:
+            return {}
         return evaluate(self.gt, predictions, self.missing_as_empty)
 
 

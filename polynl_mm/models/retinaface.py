@@ -21,11 +21,10 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from polynl_mm.datasets import LANDMARKS
 from polynl_mm.registry import MODELS, TASK_UTILS
 
-# Left and right eye, nose, left and right corner of the mouth; left is where
-# the viewer sees it.
-NUM_LANDMARKS = 5
+NUM_LANDMARKS = len(LANDMARKS)
 
 _LANDMARK_CODER = dict(type='polynl_mm.LandmarkCoder')
 _INIT_CFG = dict(
@@ -378,7 +377,9 @@ class RetinaFaceHead(AnchorHead):
         # by picture and in the order of the anchors, as in `sampled`.
         anchors = torch.cat(anchor_list[0])[positive.nonzero()[:, 1]]
         deltas = _flatten(bbox_preds, self.bbox_coder.encode_size)[positive]
-        boxes = self.bbox_coder.decode(anchors, deltas)
+        boxes = None
+        if self.reg_decoded_bbox or self.with_iou:
+            boxes = self.bbox_coder.decode(anchors, deltas)
         losses['loss_bbox'] = self.loss_bbox(
             boxes if self.reg_decoded_bbox else deltas,
             bbox_targets[positive],

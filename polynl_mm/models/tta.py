@@ -10,11 +10,8 @@ from mmdet.structures.bbox import bbox_flip
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from polynl_mm.datasets import FLIP_INDICES
 from polynl_mm.registry import MODELS
-
-# What the landmarks of a mirrored face are called in the face itself: left
-# and right, of the eyes and of the mouth, change places.
-MIRRORED = [1, 0, 2, 4, 3]
 
 
 def vote_boxes(
@@ -228,7 +225,7 @@ def _unflipped(view: DetDataSample) -> InstanceData:
         labels=found.labels,
     )
     if 'keypoints' in found:
-        points = found.keypoints[:, MIRRORED]
+        points = found.keypoints[:, list(FLIP_INDICES)]
         unflipped.keypoints = torch.stack(
             [width - points[..., 0], points[..., 1]], -1
         )

@@ -47,8 +47,9 @@ original_pipeline = [
     dict(type='polynl_mm.LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs'),
 ]
-# RetinaFace's multi-scale protocol, by `tools/test.py --tta`: five scales,
-# plain and mirrored, and box voting over all of them.
+# By `tools/test.py --tta`: the five scales of RetinaFace's multi-scale
+# protocol, plain and mirrored, and box voting over all of them. Unlike there,
+# every view has been through NMS before, and faces of one view count.
 tta_model = dict(type='polynl_mm.BoxVotingTTAModel')
 tta_pipeline = [
     dict(type='polynl_mm.LoadImageFromFile'),

@@ -1,9 +1,9 @@
-_base_ = './tinaface_r50_p2-p7_8xb4-160e_wider-face.py'
+_base_ = './retinaface_r50_p2-p6_8xb4-100e_wider-face.py'
 model = dict(
     backbone=dict(
         plugins=[
             dict(
-                cfg=dict(type='polynl_mm.PolyNL2d'),
+                cfg=dict(type='NonLocal2d'),
                 stages=(False, False, True, False),
                 position='after_conv3',
             )

@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/retinaface_r50_p2-p6.py',
     '../_base_/datasets/wider_face.py',
-    '../_base_/schedules/wider_face_160e.py',
+    '../_base_/schedules/wider_face_100e.py',
     'mmdet::_base_/default_runtime.py',
 ]
 default_hooks = dict(

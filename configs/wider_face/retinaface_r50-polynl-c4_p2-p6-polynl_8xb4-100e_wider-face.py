@@ -1,5 +1,5 @@
-# On every level of the pyramid, before its context module.
-_base_ = './retinaface_r50_p2-p6_8xb4-160e_wider-face.py'
+# Both: in the backbone and on every level of the pyramid.
+_base_ = './retinaface_r50-polynl-c4_p2-p6_8xb4-100e_wider-face.py'
 model = dict(
     type='polynl_mm.Insert',
     into='SingleStageDetector',

@@ -1,6 +1,6 @@
 # The lighter pyramid of the public codes: two anchors per position, from 16
 # to 512 pixels, and a sixth of the anchors.
-_base_ = './retinaface_r50_p2-p6_8xb4-160e_wider-face.py'
+_base_ = './retinaface_r50_p2-p6_8xb4-100e_wider-face.py'
 neck = _base_.model.neck
 neck[0].update(start_level=1, num_outs=3, add_extra_convs=False)
 neck[1].update(

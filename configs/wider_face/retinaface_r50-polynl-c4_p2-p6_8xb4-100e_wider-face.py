@@ -1,4 +1,4 @@
-_base_ = './retinaface_r50_p2-p6_8xb4-160e_wider-face.py'
+_base_ = './retinaface_r50_p2-p6_8xb4-100e_wider-face.py'
 model = dict(
     backbone=dict(
         plugins=[

@@ -1,4 +1,4 @@
-_base_ = './retinaface_mobilenetv2_p3-p5_8xb4-160e_wider-face.py'
+_base_ = './retinaface_mobilenetv2_p3-p5_8xb4-100e_wider-face.py'
 model = dict(
     type='polynl_mm.Insert',
     into='SingleStageDetector',

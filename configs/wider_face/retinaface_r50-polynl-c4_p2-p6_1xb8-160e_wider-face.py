@@ -1,3 +1,0 @@
-_base_ = './retinaface_r50-polynl-c4_p2-p6_8xb4-160e_wider-face.py'
-train_dataloader = dict(batch_size=8)
-optim_wrapper = dict(optimizer=dict(lr=0.0025))
