@@ -603,8 +603,11 @@ def test_equal_boxes_take_their_landmarks_in_order(labelled):
             ('8 30', '9 30'),
             r'line 3: got a face of .*\[10\.0, 20\.0, 19\.0, 50',
         ),
-        (('7 8 0 30', '7 8 0 31'), 'line 6: got a face of '),
-        (('-3 -4', '7 8 0 30 ' + ABSENT + ' 1\n-3 -4'), 'line 7: got a face'),
+        (('7 8 0 30', '7 8 1 30'), 'line 6: got a face of '),
+        (
+            ('-3 -4', f'-3 -4 20 21 {ABSENT} 1\n-3 -4'),
+            'line 8: got a face',
+        ),
         (('0_Parade_a_2', '0_Parade_x'), "line 4: .*'0--Parade/0_Parade_x"),
         ((POINTS, ABSENT), 'none of its faces has landmarks'),
         ((POINTS, POINTS[:-4]), 'line 2: got'),
@@ -615,6 +618,17 @@ def test_labels_that_do_not_fit(labelled, change, message):
     with pytest.raises(ValueError, match=message) as error:
         build(root, landmark_file=LABELS)
     assert LABELS in str(error.value)
+
+
+@pytest.mark.parametrize('box', ['0 0 0 0', '7 8 -1 30'])
+def test_a_label_of_no_area_is_passed_over(labelled, box):
+    """Some files have the zeros that stand for no face."""
+    header = f'# {NAMES[1]}\n'
+    root = labelled(RETINAFACE.replace(header, f'{header}{box} {ABSENT} 1\n'))
+    with_it = build(root, landmark_file=LABELS)
+    labelled()
+    without = build(root, landmark_file=LABELS)
+    assert list(with_it) == list(without)
 
 
 @pytest.mark.parametrize('text', (RETINAFACE, SCRFD))

@@ -179,11 +179,11 @@ def run(folder):
     """Give a function that evaluates samples in this process."""
 
     def run(samples, size=None, **settings):
-        metric = dict(
-            type='polynl_mm.WiderFaceMetric',
-            gt_dir=str(folder / 'gt'),
+        metric = {
+            'type': 'polynl_mm.WiderFaceMetric',
+            'gt_dir': str(folder / 'gt'),
             **settings,
-        )
+        }
         with DefaultScope.overwrite_default_scope('mmdet'):
             evaluator = Evaluator([metric])
         for each in samples:
@@ -237,6 +237,16 @@ def test_part_of_the_pictures(folder, run, tmp_path):
         for s in samples()[-3:]
     ]
     assert run(part, missing_as_empty=True) == run(part + empty)
+
+
+def test_without_ground_truth_it_only_writes(run, tmp_path):
+    unknown = sample('9--Test/1', pictures()['1--E/1'][2])
+    out = str(tmp_path / 'out')
+    assert run([unknown], gt_dir=None, out_dir=out) == {}
+    written = read_predictions(out, ['9--Test/1'])['9--Test/1']
+    assert np.array_equal(written, detections()['1--E/1'])
+    with pytest.raises(ValueError, match='got neither'):
+        run([unknown], gt_dir=None)
 
 
 def test_the_same_picture_again(run):

@@ -347,6 +347,12 @@ def test_home_is_not_expanded(refuse):
     )
 
 
+def test_landmarks_missing(refuse):
+    option = 'train_dataloader.dataset.landmark_file=gone.txt'
+    line = refuse('train', 'det.py', '--cfg-options', option)
+    assert "train_dataloader: landmark_file='gone.txt'" in line
+
+
 def test_annotations_of_the_metric_missing(refuse):
     line = refuse(
         'train', 'det.py', '--cfg-options', 'val_evaluator.ann_file=gone.json'
