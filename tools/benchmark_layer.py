@@ -159,6 +159,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def seconds_of(f, device: str) -> float:
+    """Time of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    f()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def take_turns(make_calls, seconds: float, device: str) -> dict:
     """Seconds of each call by turn; None in turns that a slow one sat out.
 
@@ -179,11 +188,7 @@ def take_turns(make_calls, seconds: float, device: str) -> dict:
             for name in order:
                 f, taken = calls[name], None
                 if turns < 1 or spent[name] < 2 * seconds:
-                    synchronize(device)
-                    start = time.perf_counter()
-                    f()
-                    synchronize(device)
-                    taken = time.perf_counter() - start
+                    taken = seconds_of(f, device)
                     spent[name] += taken
                 times.setdefault(name, []).append(taken)
             turns += 1
@@ -201,14 +206,19 @@ def peak_memory(name: str, c: int, n: int, device: str) -> int:
 
     training_step(module, x, dy)
     clean()
+    return added_at_peak(lambda: training_step(module, x, dy), device)
+
+
+def added_at_peak(step, device: str) -> int:
+    """Bytes above the present level at the peak of a call."""
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        training_step(module, x, dy)
+        step()
         return torch.cuda.max_memory_allocated() - before
     Path('/proc/self/clear_refs').write_text('5')
     before = _status('VmRSS')
-    training_step(module, x, dy)
+    step()
     return _status('VmHWM') - before
 
 
@@ -217,6 +227,16 @@ def _status(key: str) -> int:
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f'/proc/self/status has no {key}')
+
+
+def one_process_each():
+    """Pool that runs every task in a fresh process, for its peak memory."""
+    # Large blocks go back to the system when freed, so that the level before
+    # a step holds nothing of the warm-up. Read at the start of a process.
+    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['torch'])
+    return context.Pool(1, maxtasksperchild=1)
 
 
 def run_case(c: int, n: int, args, pool) -> dict:
@@ -480,16 +500,11 @@ def main() -> None:
     args = parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    # Large blocks go back to the system when freed, so that the level before
-    # a step holds nothing of the warm-up. Read at the start of a process.
-    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['torch'])
     rows = []
     print(machine(args.device))
     if ContextBlock is None:
         print('mmcv is not installed: NonLocal2d and ContextBlock left out')
-    with context.Pool(1, maxtasksperchild=1) as pool:
+    with one_process_each() as pool:
         for c in args.channels:
             for n in args.positions:
                 rows.append(run_case(c, n, args, pool))
