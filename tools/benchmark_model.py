@@ -12,7 +12,8 @@ Forward: evaluation mode, no gradients; what mmdet and mmseg call
 two-stage detector of mmdet gets as many random proposals as its RPN keeps at
 most (``test_cfg.rpn.max_per_img``) in the place of the RPN's own, whose number
 would depend on random weights; its box heads see all of them, its mask head as
-many as mmdet gives it in this mode (100, with a cascade all).
+many as mmdet gives it in this mode: 100, but a cascade's all of them, ten
+times what it sees of real detections.
 
 Training step: ``mode='loss'`` on 16 boxes with masks and five points each, or
 on a label map, and backward, the optimiser left out. SyncBN is BN; frozen

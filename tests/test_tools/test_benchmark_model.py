@@ -233,7 +233,8 @@ def test_refuses(refuse, here):
         "config cls.py has default_scope='mmengine', expected mmdet or mmseg"
         in refuse('cls.py', *shape)
     )
-    assert 'no model' in refuse('tiny_backbone.py', *shape)
+    (here / 'empty.py').write_text("default_scope = 'mmdet'")
+    assert 'empty.py has no model' in refuse('empty.py', *shape)
     assert 'given twice' in refuse('tiny.py', 'tiny.py', *shape)
     assert '--shape' in refuse('tiny.py')
     assert 'two sizes' in refuse('tiny.py', '--shape', 0, 16)
