@@ -45,6 +45,9 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
     # A checkout, installed or not; in a wheel the package lies around here.
     sys.path.insert(0, ROOT)
 
+# Where this file is run as a script, it is there already.
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+
 import benchmark_layer as bench
 import numpy as np
 import torch
