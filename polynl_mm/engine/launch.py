@@ -7,9 +7,11 @@ process group is waited for, and ends in a :class:`StartError`.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -53,10 +55,7 @@ def run(tool: Callable[[], None]) -> None:
     try:
         tool()
         if is_distributed():
-            # Process 0 may still be writing: gloo has aborted a process that
-            # left the group before the others were done.
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            _leave_group()
     except StartError as error:
         if _rank() > 0:
             # Process 0 meets the same error and tells it, and the launcher
@@ -65,6 +64,22 @@ def run(tool: Callable[[], None]) -> None:
             time.sleep(20 if int(os.environ.get('LOCAL_RANK', 0)) == 0 else 25)
         _print(f'error: {error}')
         sys.exit(2)
+
+
+def _leave_group() -> None:
+    # Process 0 may still be writing.
+    torch.distributed.barrier()
+    gloo = torch.distributed.get_backend() == 'gloo'
+    torch.distributed.destroy_process_group()
+    if gloo:
+        # DistributedDataParallel keeps the group's threads alive, and one that
+        # meets the finalisation of Python aborts the process ("terminate
+        # called without an active exception"): end without it.
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def say(message: str) -> None:

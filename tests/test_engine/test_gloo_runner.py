@@ -246,5 +246,42 @@ def test_accelerator_is_not_left_idle(tmp_path, monkeypatch):
         GlooRunner(Model(), str(tmp_path), launcher='pytorch')
 
 
+LEAVING = """
+import atexit
+
+import torch
+from polynl_mm.engine import launch
+
+
+class Kept:
+    def __del__(self):
+        print('finalised')
+
+
+def tool():
+    torch.distributed.init_process_group(
+        'gloo', init_method='file://' + FILE, rank=0, world_size=1)
+    print('done')
+
+
+kept = Kept()
+atexit.register(print, 'at exit')
+launch.run(tool)
+print('not reached')
+"""
+
+
+def test_leaves_before_python_is_finalised(tmp_path):
+    """A thread of gloo that meets the finalisation aborts the process."""
+    code = f'FILE = {str(tmp_path / "store")!r}\n' + LEAVING
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split('\n') == ['done', 'at exit', '']
+
+
 if __name__ == '__main__':
-    work(Path(sys.argv[1]))
+    from polynl_mm.engine import launch
+
+    launch.run(lambda: work(Path(sys.argv[1])))

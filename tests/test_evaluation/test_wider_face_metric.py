@@ -303,4 +303,4 @@ def test_tools_look_for_the_folder_first(tmp_path):
 
 
 if __name__ == '__main__':
-    work(Path(sys.argv[1]))
+    launch.run(lambda: work(Path(sys.argv[1])))
