@@ -16,6 +16,7 @@ _HOST_OF = {
     'polynl_mm.layers': 'mmcv',
     'polynl_mm.insertion': 'mmcv',
     'polynl_mm.engine': 'mmengine',
+    'polynl_mm.engine.hooks': 'mmcv',
     'polynl_mm.datasets': 'mmdet',
     'polynl_mm.evaluation.wider_face_metric': 'mmengine',
     'polynl_mm.models': 'mmdet',

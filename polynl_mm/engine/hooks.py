@@ -1,0 +1,116 @@
+"""What a training with Poly-NL layers is watched for."""
+
+from __future__ import annotations
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import Runner
+from torch import nn
+
+from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
+from polynl_mm.registry import HOOKS
+
+
+@HOOKS.register_module()
+class PolyNLHook(Hook):
+    """Log alpha and beta of every Poly-NL layer, and warn of mistakes.
+
+    The values go to the visualizer as ``poly_nl/<path of the layer>.alpha``
+    and ``.beta``: a layer whose beta stays near 0 adds nothing. Before the
+    training starts it warns of weight decay on them, and of layers that are
+    frozen at beta = 0.
+
+    It does nothing to a model without such layers. In its config it still has
+    a use: whichever tool reads the config, mmengine then imports this package,
+    and with it what torch's safe loader needs to know of mmengine's
+    checkpoints (:mod:`polynl_mm.engine.checkpoint`).
+
+    Args:
+        interval (int): Iterations between two logs.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, interval: int = 50) -> None:
+        """Take the interval; see the class."""
+        self.interval = interval
+
+    def before_train(self, runner: Runner) -> None:
+        """Look at the optimiser and at what is frozen."""
+        layers = _layers(runner.model)
+        decaying = _decaying(runner.optim_wrapper, layers)
+        if decaying:
+            runner.logger.warning(
+                f'weight decay pulls {_some(decaying)} towards 0, and with '
+                'them the Poly-NL layers: set optim_wrapper.paramwise_cfg.'
+                "custom_keys={'poly_nl.alpha': dict(decay_mult=0), "
+                "'poly_nl.beta': dict(decay_mult=0)}, or the keys that match "
+                'these names'
+            )
+        idle = [
+            name
+            for name, layer in layers.items()
+            if not layer.beta.requires_grad and layer.beta.item() == 0
+        ]
+        if idle:
+            runner.logger.warning(
+                f'{_some(idle)}: frozen at beta=0, these Poly-NL layers never '
+                'learn and change nothing (frozen_stages, or lr_mult)'
+            )
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        """Log every ``interval`` iterations."""
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        values = {
+            f'poly_nl/{name}.{key}': getattr(layer, key)
+            for name, layer in _layers(runner.model).items()
+            for key in ('alpha', 'beta')
+        }
+        if values:
+            # One copy from the device for all of them.
+            numbers = torch.cat([*values.values()]).tolist()
+            runner.visualizer.add_scalars(
+                dict(zip(values, numbers)), step=runner.iter + 1
+            )
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    if is_model_wrapper(model):
+        model = model.module
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (PolyNL1d, PolyNL2d, PolyNL3d))
+    }
+
+
+def _decaying(optim_wrapper, layers: dict[str, nn.Module]) -> list[str]:
+    # A dictionary of them where a model has several optimisers.
+    wrappers = (
+        optim_wrapper.values()
+        if isinstance(optim_wrapper, OptimWrapperDict)
+        else [optim_wrapper]
+    )
+    decayed = {
+        id(parameter)
+        for wrapper in wrappers
+        for group in wrapper.param_groups
+        if group.get('weight_decay', 0) > 0
+        for parameter in group['params']
+    }
+    return [
+        f'{name}.{key}'
+        for name, layer in layers.items()
+        for key in ('alpha', 'beta')
+        if id(getattr(layer, key)) in decayed
+    ]
+
+
+def _some(names: list[str]) -> str:
+    more = f' and {len(names) - 2} more' if len(names) > 2 else ''
+    return ', '.join(names[:2]) + more
