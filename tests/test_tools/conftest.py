@@ -25,11 +25,12 @@ model = dict(
     data_preprocessor=dict(
         type='DetDataPreprocessor', mean=[0.] * 3, std=[255.] * 3),
     backbone=dict(
-        type='ResNet', depth=50, base_channels=4, norm_cfg=norm,
-        norm_eval=False, zero_init_residual=False, out_indices=(1, 2, 3),
-        plugins=[dict(
-            cfg=dict(type='polynl_mm.PolyNL2d', beta_init=0.1),
-            stages=(False, False, True, False), position='after_conv3')]),
+        type='polynl_mm.Insert', into='ResNet', depth=50, base_channels=4,
+        norm_cfg=norm, norm_eval=False, zero_init_residual=False,
+        out_indices=(1, 2, 3),
+        blocks=[dict(
+            after='layer3.*',
+            cfg=dict(type='polynl_mm.PolyNL2d', beta_init=0.1))]),
     neck=dict(
         type='FPN', in_channels=[32, 64, 128], out_channels=8, num_outs=3),
     bbox_head=dict(
