@@ -3,7 +3,9 @@
 Data sets are not needed: none is built.
 """
 
+from collections import Counter
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,24 @@ def test_there_are_configs():
 @pytest.mark.parametrize('name', NAMES)
 def test_parses(name):
     assert Config.fromfile(CONFIGS / name).to_dict()
+
+
+@pytest.mark.parametrize('host', ['mmdet', 'mmseg'])
+def test_file_names_are_unique(host):
+    """They name work directories, and mim looks configs up by them."""
+    pytest.importorskip(host)
+    shipped = Path(find_spec(host).origin).parent / '.mim' / 'configs'
+    theirs = {path.name for path in shipped.rglob('*.py')}
+    assert theirs
+    ours = Counter(Path(name).name for name in LEAVES)
+    assert not [name for name, n in ours.items() if n > 1 or name in theirs]
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_names_our_hook(name):
+    """By that, mmengine imports what lets it load its own checkpoints."""
+    hooks = Config.fromfile(CONFIGS / name).get('custom_hooks', [])
+    assert hooks.count(dict(type='polynl_mm.PolyNLHook')) == 1
 
 
 @pytest.mark.parametrize('name', LEAVES)

@@ -122,5 +122,6 @@ default_hooks = dict(
     ),
     visualization=dict(score_thr=0.5),
 )
+custom_hooks = [dict(type='polynl_mm.PolyNLHook')]
 visualizer = dict(type='polynl_mm.FaceVisualizer')
 randomness = dict(seed=0)

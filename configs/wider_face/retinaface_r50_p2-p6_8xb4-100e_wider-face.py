@@ -13,3 +13,4 @@ default_hooks = dict(
     )
 )
 visualizer = dict(type='polynl_mm.FaceVisualizer')
+custom_hooks = [dict(type='polynl_mm.PolyNLHook')]

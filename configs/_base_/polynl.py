@@ -1,0 +1,15 @@
+# What our configs add to one of mmdet or mmseg, beside the blocks. A base may
+# not set what another base sets, so a config takes these by name:
+#     _base_ = ['mmdet::...', '../_base_/polynl.py']
+#     custom_hooks = _base_.polynl_hooks
+#     optim_wrapper = _base_.polynl_optim
+# Rivals take both, too: nothing but the block differs.
+polynl_hooks = [dict(type='polynl_mm.PolyNLHook')]
+polynl_optim = dict(
+    paramwise_cfg=dict(
+        custom_keys={
+            'poly_nl.alpha': dict(decay_mult=0),
+            'poly_nl.beta': dict(decay_mult=0),
+        }
+    )
+)

@@ -1,0 +1,7 @@
+# Without a block: what the others are compared with.
+_base_ = [
+    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    '../_base_/polynl.py',
+]
+custom_hooks = _base_.polynl_hooks
+optim_wrapper = _base_.polynl_optim

@@ -1,0 +1,13 @@
+_base_ = [
+    'mmdet::mask_rcnn/mask-rcnn_x101-32x4d_fpn_1x_coco.py',
+    '../_base_/polynl.py',
+]
+model = dict(
+    backbone=dict(
+        type='polynl_mm.Insert',
+        into='ResNeXt',
+        blocks=[dict(after='layer3', cfg=dict(type='polynl_mm.PolyNL2d'))],
+    )
+)
+custom_hooks = _base_.polynl_hooks
+optim_wrapper = _base_.polynl_optim

@@ -1,0 +1,13 @@
+_base_ = [
+    'mmdet::rtmdet/rtmdet-ins_s_8xb32-300e_coco.py',
+    '../_base_/polynl.py',
+]
+model = dict(
+    backbone=dict(
+        type='polynl_mm.Insert',
+        into='CSPNeXt',
+        blocks=[dict(after='stage3', cfg=dict(type='polynl_mm.PolyNL2d'))],
+    )
+)
+custom_hooks = _base_.custom_hooks + _base_.polynl_hooks
+optim_wrapper = _base_.polynl_optim
