@@ -586,3 +586,299 @@ def test_covered_and_cut_off_landmarks_are_occluded(tool):
     gone = tool.stamp(canvas, white, (-5, 50), 40, 0.0)
     (face,) = tool.wider_faces([gone], [look], 100, 100)
     assert face.invalid and face.landmarks is None
+
+
+COCO_SIZES = dict(train=24, val=22)
+COCO_ARGS = ['--seed', '3', '--train', '24', '--val', '22']
+
+
+@pytest.fixture(scope='session')
+def drawn(tool, tmp_path_factory):
+    """Mini COCO, and the layers of each picture in the order of drawing."""
+    out = tmp_path_factory.mktemp('made') / 'coco'
+    scenes = []
+    background, draw = tool.background, tool.draw_layer
+
+    def begin(*args):
+        scenes.append([])
+        return background(*args)
+
+    def record(rng, canvas, layer):
+        scenes[-1].append(layer)
+        draw(rng, canvas, layer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, 'background', begin)
+        patch.setattr(tool, 'draw_layer', record)
+        tool.main(['coco', '--out', str(out), *COCO_ARGS])
+    count = COCO_SIZES['train']
+    return out, dict(train=scenes[:count], val=scenes[count:])
+
+
+@pytest.fixture(scope='session')
+def mini_coco(drawn):
+    return drawn[0]
+
+
+def coco_json(root, split):
+    file = root / 'annotations' / f'instances_{split}2017.json'
+    return json.loads(file.read_text())
+
+
+def read_coco(root, split):
+    coco = pytest.importorskip('pycocotools.coco')
+    return coco.COCO(root / 'annotations' / f'instances_{split}2017.json')
+
+
+@pytest.mark.parametrize('split', COCO_SIZES)
+def test_coco_json_is_like_the_official_one(mini_coco, split):
+    content = coco_json(mini_coco, split)
+    assert set(content) == {
+        *('info', 'licenses', 'images', 'annotations', 'categories')
+    }
+    images, annotations = content['images'], content['annotations']
+    for items in (images, annotations, content['categories']):
+        assert [i['id'] for i in items] == [*range(1, len(items) + 1)]
+    assert [c['name'] for c in content['categories']] == [*'0123456789']
+    licenses = {entry['id'] for entry in content['licenses']}
+    shapes = {}
+    assert len(images) == COCO_SIZES[split]
+    for image in images:
+        file = mini_coco / f'{split}2017' / image['file_name']
+        assert file.name == f'{image["id"]:012}.jpg'
+        shapes[image['id']] = image['height'], image['width']
+        assert cv2.imread(str(file)).shape[:2] == shapes[image['id']]
+        assert image['license'] in licenses
+    assert len(set(shapes.values())) > 1
+    for annotation in annotations:
+        counts = annotation['segmentation']['counts']
+        assert type(counts) is (list if annotation['iscrowd'] else str)
+        size = annotation['segmentation']['size']
+        assert tuple(size) == shapes[annotation['image_id']]
+    crowds = [a for a in annotations if a['iscrowd']]
+    assert 1 <= len(crowds) <= 3
+    assert all(len(a['digits']) > 5 for a in crowds)
+    empty = set(shapes) - {a['image_id'] for a in annotations}
+    assert empty == {2, 22}
+    files = {n for n in contents(mini_coco) if n.startswith(f'{split}2017')}
+    assert files == {f'{split}2017/{i["file_name"]}' for i in images}
+
+
+@pytest.mark.parametrize('split', COCO_SIZES)
+def test_coco_masks_are_what_was_drawn_last(drawn, split):
+    """Each pixel belongs to the last digit drawn over it, and no other."""
+    root, scenes = drawn
+    coco = read_coco(root, split)
+    covered = 0
+    for number, layers in enumerate(scenes[split], 1):
+        image = coco.imgs[number]
+        owner = np.full((image['height'], image['width']), -1)
+        for k, layer in enumerate(layers):
+            covered += (owner[layer.alpha >= 0.5] >= 0).any()
+            owner[layer.alpha >= 0.5] = k
+        crowd = [k for k, layer in enumerate(layers) if layer.crowd]
+        alone = [[k] for k, layer in enumerate(layers) if not layer.crowd]
+        groups = [crowd] * bool(crowd) + alone
+        annotations = coco.loadAnns(coco.getAnnIds(number))
+        assert len(annotations) == len(groups)
+        for annotation, group in zip(annotations, groups):
+            assert annotation['digits'] == [layers[k].digit for k in group]
+            mask = coco.annToMask(annotation).astype(bool)
+            expected = np.isin(owner, group)
+            np.testing.assert_array_equal(mask, expected)
+            ys, xs = np.nonzero(expected)
+            x, y = xs.min(), ys.min()
+            box = [x, y, xs.max() + 1 - x, ys.max() + 1 - y]
+            assert annotation['bbox'] == box
+            assert annotation['area'] == expected.sum()
+    assert covered > 10, 'digits must overlap for this to tell anything'
+
+
+def test_coco_labels_are_those_of_scikit_learn(drawn):
+    load = pytest.importorskip('sklearn.datasets').load_digits
+    target = load().target
+    for split in COCO_SIZES:
+        for annotation in coco_json(drawn[0], split)['annotations']:
+            labels = target[annotation['digits']]
+            assert (labels == annotation['category_id'] - 1).all()
+
+
+def test_a_digit_is_upright_and_opaque_where_it_covers_half(tool):
+    load = pytest.importorskip('sklearn.datasets').load_digits
+    digits = tool.load_digits('train', 1)
+    dice = Dice(0, False)
+    dice.normal = lambda *args: 0.0
+    layer = tool.digit_layer(dice, digits, 5, (50, 40), 40, (80, 100))
+    # Centres of the digit's pixels fall on those of the canvas.
+    ink = load().images[digits.ids[5]] / 16
+    np.testing.assert_allclose(layer.ink[22:62:5, 32:72:5], ink, atol=1e-6)
+    assert layer.label == load().target[digits.ids[5]]
+    assert layer.digit == digits.ids[5]
+    layer.ink[:] = 1
+    canvas = np.ones((80, 100, 3), np.float32)
+    tool.draw_layer(np.random.default_rng(0), canvas, layer)
+    change = (1 - canvas).sum(2)
+    share = change / change.max()
+    clear = abs(share - 0.5) > 1e-3
+    assert (layer.opaque == (share >= 0.5))[clear].all()
+    assert layer.opaque.sum() == layer.area > 200
+    assert 0 < ((share > 0) & (share < 1)).sum() < layer.area, 'soft edge'
+
+
+def test_a_hidden_digit_is_left_out_and_covers_nothing(tool):
+    def layer(digit, *columns):
+        alpha = np.zeros((10, 10), np.float32)
+        alpha[:, slice(*columns)] = 1
+        return tool.Layer(digit, 0, alpha, alpha)
+
+    pairs = tool.seen_layers([layer(0, 0, 6), layer(1, 4, 8), layer(2, 5, 9)])
+    assert [pair[0].digit for pair in pairs] == [0, 2]
+    # Column 4 would be hidden by the one that is not drawn.
+    assert pairs[0][1].sum(0).tolist() == [10] * 5 + [0] * 5
+    assert tool.seen_layers([]) == []
+    two = tool.seen_layers([layer(0, 0, 6), layer(1, 4, 8)])
+    assert [int(seen.sum()) for _, seen in two] == [40, 40]
+
+
+def test_coco_sizes_and_contrast_vary(drawn):
+    root, _ = drawn
+    annotations = coco_json(root, 'train')['annotations']
+    heights = [a['bbox'][3] for a in annotations if not a['iscrowd']]
+    assert min(heights) < 24 and max(heights) > 48
+    assert len({a['category_id'] for a in annotations}) == 10
+
+
+def test_coco_digits_of_train_are_not_in_val(tool, mini_coco):
+    used = {
+        split: {
+            d
+            for a in coco_json(mini_coco, split)['annotations']
+            for d in a['digits']
+        }
+        for split in COCO_SIZES
+    }
+    assert used['train'] and used['val']
+    assert not used['train'] & used['val']
+    for seed in range(3):
+        train, val = (tool.load_digits(s, seed) for s in COCO_SIZES)
+        assert {*train.ids, *val.ids} == set(range(1797))
+        assert not {*train.ids} & {*val.ids}
+        # Nor is one in the file twice.
+        assert not {d.tobytes() for d in train.ink} & {
+            d.tobytes() for d in val.ink
+        }
+        assert {*train.labels} == {*val.labels} == set(range(10))
+
+
+def test_coco_same_seed_same_bytes(mini_coco, tool, tmp_path):
+    done = run('coco', '--out', tmp_path / 'again', *COCO_ARGS)
+    assert done.returncode == 0, done.stderr
+    made = contents(mini_coco)
+    assert contents(tmp_path / 'again') == made
+    tool.coco(tmp_path / 'more', 3, dict(train=26, val=2))
+    tool.coco(tmp_path / 'other', 4, dict(train=24, val=2))
+    more, other = contents(tmp_path / 'more'), contents(tmp_path / 'other')
+    names = [name for name in made if name.startswith('train2017/')]
+    assert all(more[name] == made[name] for name in names)
+    assert not any(other[name] == made[name] for name in names)
+
+
+def test_coco_refuses_what_is_something_else(wider, mini_coco, tool, tmp_path):
+    before = contents(wider)
+    with pytest.raises(SystemExit, match="there: .*'wider_face'.* asked"):
+        tool.main(['coco', '--out', str(wider), *ARGS])
+    assert contents(wider) == before
+    with pytest.raises(SystemExit, match='made with other settings'):
+        tool.main(['coco', '--out', str(mini_coco), *COCO_ARGS, '--val', '9'])
+    (tmp_path / 'thesis.txt').write_text('years of work')
+    with pytest.raises(SystemExit, match='not made by this tool'):
+        tool.main(['coco', '--out', str(tmp_path), *COCO_ARGS])
+    assert os.listdir(tmp_path) == ['thesis.txt']
+
+
+def test_coco_names_what_is_missing(tool, tmp_path, monkeypatch):
+    real = tool.find_spec
+    out = str(tmp_path / 'out')
+    for package, message in (
+        ('pycocotools', 'pycocotools is not installed'),
+        ('sklearn', 'scikit-learn is not installed; its .*digits.csv.gz'),
+    ):
+        monkeypatch.setattr(
+            tool,
+            'find_spec',
+            lambda name, lost=package: None if name == lost else real(name),
+        )
+        with pytest.raises(SystemExit, match=message):
+            tool.main(['coco', '--out', out, *COCO_ARGS])
+    np.savetxt(tmp_path / 'digits.csv', np.zeros((3, 65)), delimiter=',')
+    monkeypatch.setattr(
+        tool, 'package_file', lambda *args: tmp_path / 'digits.csv'
+    )
+    with pytest.raises(SystemExit, match=r'shape \(3, 65\), \(1797, 65\)'):
+        tool.main(['coco', '--out', out, *COCO_ARGS])
+
+
+MINI_COCO = 'configs/mini/mask-rcnn_r50-polynl_mini-coco.py'
+
+
+def test_mmdet_reads_mini_coco_by_its_config(mini_coco):
+    pytest.importorskip('mmdet')
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+    from mmengine.registry import DATASETS
+
+    register_all_modules(init_default_scope=False)
+    cfg = Config.fromfile(TOOL.parents[1] / MINI_COCO)
+    cfg.train_dataloader.dataset.data_root = str(mini_coco)
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    coco = read_coco(mini_coco, 'train')
+    # Without the two that have no digit.
+    assert len(dataset) == 22
+    ignored = 0
+    for data in dataset:
+        sample = data['data_samples']
+        ids = coco.getAnnIds(sample.img_id)
+        for crowd, found in enumerate(
+            (sample.gt_instances, sample.ignored_instances)
+        ):
+            expected = [a for a in coco.loadAnns(ids) if a['iscrowd'] == crowd]
+            masks = [coco.annToMask(a) for a in expected]
+            assert len(found) == len(masks)
+            if masks:
+                np.testing.assert_array_equal(found.masks.masks, masks)
+            labels = [a['category_id'] - 1 for a in expected]
+            assert found.labels.tolist() == labels
+            ignored += crowd * len(found)
+    assert ignored
+
+
+def test_mini_coco_trains_in_two_processes(
+    mini_coco, start, finish, free_port, tmp_path
+):
+    """One epoch and its evaluation, masks included, of the shipped config."""
+    pytest.importorskip('mmdet')
+    from mmengine.config import Config
+
+    config = TOOL.parents[1] / MINI_COCO
+    names = Config.fromfile(config)
+    ann_file = f'{mini_coco}/{names.val_dataloader.dataset.ann_file}'
+    done = finish(
+        start(
+            *('dist_train.sh', config, 2, '--work-dir', tmp_path),
+            '--cfg-options',
+            *(
+                f'{split}_dataloader.dataset.data_root={mini_coco}'
+                for split in ('train', 'val', 'test')
+            ),
+            *('train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=1'),
+            *('val_dataloader.dataset.indices=4', 'train_cfg.val_interval=1'),
+            f'val_evaluator.ann_file={ann_file}',
+            PORT=free_port(),
+        )
+    )
+    assert done.code == 0, done.err
+    everything = done.out + done.err
+    assert 'process group of 2 over gloo' in everything
+    for metric in ('bbox_mAP', 'segm_mAP'):
+        assert f'coco/{metric}: ' in everything
+    assert (tmp_path / 'epoch_1.pth').is_file()
