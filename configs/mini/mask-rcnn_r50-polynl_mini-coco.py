@@ -125,7 +125,7 @@ test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
     # Fused: one parameter group per parameter costs time on a CPU.
-    optimizer=dict(type='AdamW', lr=0.003, weight_decay=0.05, fused=True),
+    optimizer=dict(type='AdamW', lr=0.005, weight_decay=0.05, fused=True),
     paramwise_cfg=dict(
         norm_decay_mult=0,
         bias_decay_mult=0,
@@ -153,6 +153,7 @@ auto_scale_lr = dict(base_batch_size=8)
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(max_keep_ckpts=1, save_best='coco/segm_mAP'),
-    visualization=dict(score_thr=0.5),
+    visualization=dict(score_thr=0.3),
 )
 randomness = dict(seed=0)
+custom_hooks = [dict(type='polynl_mm.PolyNLHook')]
