@@ -19,7 +19,10 @@ _HOST_OF = {
     'polynl_mm.engine.hooks': 'mmcv',
     'polynl_mm.datasets': 'mmdet',
     'polynl_mm.evaluation.wider_face_metric': 'mmengine',
-    'polynl_mm.models': 'mmdet',
+    'polynl_mm.models.retinaface': 'mmdet',
+    'polynl_mm.models.tta': 'mmdet',
+    'polynl_mm.models.visualizer': 'mmdet',
+    'polynl_mm.models.seg_head': 'mmseg',
 }
 _LOCATIONS = [name for name, host in _HOST_OF.items() if find_spec(host)]
 

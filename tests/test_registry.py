@@ -19,6 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTS = ('mmdet', 'mmseg')
+# A type of ours that needs the host.
+OWN = {'mmdet': 'RetinaFaceHead', 'mmseg': 'PolyNLHead'}
 
 # Hides packages from every finder, as if they were not installed.
 HIDE = """
@@ -115,6 +117,8 @@ def test_one_host_without_the_other(host, other, tmp_path):
         for module, needs in bound:
             assert (module in child._locations) == (needs != {other!r}), module
             assert (module in sys.modules) == (needs != {other!r}), module
+    assert registry.MODELS.get({OWN[host]!r}) is not None
+    assert registry.MODELS.get({OWN[other]!r}) is None
     """
     run(build_code(host, tmp_path) + dedent(listed), tmp_path, hidden=[other])
 

@@ -1,13 +1,5 @@
-"""Face detectors on mmdet's parts, their test-time model and pictures."""
+"""Parts of models, each module bound to its host.
 
-from .retinaface import LandmarkCoder, RetinaFaceHead
-from .tta import BoxVotingTTAModel, vote_boxes
-from .visualizer import FaceVisualizer
-
-__all__ = [
-    'BoxVotingTTAModel',
-    'FaceVisualizer',
-    'LandmarkCoder',
-    'RetinaFaceHead',
-    'vote_boxes',
-]
+``retinaface``, ``tta`` and ``visualizer`` need mmdet, ``seg_head`` mmseg: they
+are imported from where they are, so that either host is enough.
+"""

@@ -10,7 +10,8 @@ from detectors import DETECTORS, landmarks_in, sample
 from oracles import match_loop, retinaface_losses_loop
 from torch.testing import assert_close
 
-from polynl_mm.models import LandmarkCoder, retinaface
+from polynl_mm.models import retinaface
+from polynl_mm.models.retinaface import LandmarkCoder
 
 NAMES = list(DETECTORS)
 WITH_LANDMARKS = ['p3-p5', 'p2-p6']

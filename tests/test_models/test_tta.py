@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData
 from oracles import vote_loop
 from torch.testing import assert_close
 
-from polynl_mm.models import BoxVotingTTAModel, vote_boxes
+from polynl_mm.models.tta import BoxVotingTTAModel, vote_boxes
 
 ROOT = Path(__file__).parents[2]
 
