@@ -16,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from importlib.util import find_spec
 
@@ -279,7 +279,9 @@ def leaf_datasets(cfg: dict) -> Iterator[dict]:
 def check_data(cfg: Config, *phases: str) -> None:
     """Check that the local files and folders named in the config are there.
 
-    Paths are joined as ``mmengine.dataset.BaseDataset`` joins them.
+    Paths are joined as ``mmengine.dataset.BaseDataset`` joins them. For mmseg
+    the images and labels themselves are checked, too, see
+    :func:`polynl_mm.engine.seg_data.check_seg_data`.
 
     Args:
         cfg (Config): The config.
@@ -287,7 +289,8 @@ def check_data(cfg: Config, *phases: str) -> None:
             are passed over.
 
     Raises:
-        StartError: One is missing, or an annotation file is empty.
+        StartError: One is missing, or an annotation file is empty, or images
+            and labels do not fit.
     """
     for phase in phases:
         for dataset in leaf_datasets(cfg.get(f'{phase}_dataloader') or {}):
@@ -315,17 +318,40 @@ def check_data(cfg: Config, *phases: str) -> None:
                     cfg,
                     evaluator,
                 )
+    # Reading the labels takes a while, and once is enough: a launcher ends
+    # the other processes if it fails.
+    if cfg.get('default_scope') == 'mmseg' and _rank() == 0:
+        _check_labels(cfg, phases)
+
+
+def _check_labels(cfg: Config, phases: Iterable[str]) -> None:
+    from .seg_data import check_seg_data
+
+    for phase in phases:
+        for dataset in leaf_datasets(cfg.get(f'{phase}_dataloader') or {}):
+            paths = [dataset.get('data_root') or '']
+            paths += (dataset.get('data_prefix') or {}).values()
+            if 'type' not in dataset or _remote(dataset, *paths):
+                continue
+            try:
+                check_seg_data(dataset, say)
+            except ValueError as error:
+                raise StartError(
+                    f'config {cfg.filename}: {phase}_dataloader: {error}'
+                ) from error
+
+
+def _remote(owner: dict, *paths: str | None) -> bool:
+    backend = (owner.get('backend_args') or {}).get('backend', 'local')
+    return backend != 'local' or any('://' in (path or '') for path in paths)
 
 
 def _check_path(
     key: str, root: str, path: str | None, cfg: Config, owner: dict
 ) -> None:
-    remote = (owner.get('backend_args') or {}).get('backend', 'local')
-    if not path or not isinstance(path, str) or remote != 'local':
+    if not path or not isinstance(path, str) or _remote(owner, root, path):
         return
     full = path if key.endswith('data_root') else os.path.join(root, path)
-    if '://' in full:
-        return
     full = os.path.abspath(full)
     if not os.path.exists(full):
         raise StartError(

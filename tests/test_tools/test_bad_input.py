@@ -7,12 +7,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
+import mmcv  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 
@@ -363,7 +367,206 @@ def test_annotations_of_the_metric_missing(refuse):
 def test_test_set_without_labels_is_no_error(here):
     cfg = Config.fromfile('seg.py')
     shutil.rmtree(here / 'data/seg/ann')
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    assert pipeline.pop(1).type == 'LoadAnnotations'
     launch.check_data(cfg, 'test')
+
+
+def test_remote_labels_are_left_to_mmengine(here):
+    (here / 'data/seg/ann/3.png').unlink()
+    cfg = Config.fromfile('seg.py')
+    with pytest.raises(launch.StartError, match='3.png'):
+        launch.check_data(cfg, 'train')
+    cfg.train_dataloader.dataset.data_root = 's3://bucket/seg'
+    launch.check_data(cfg, 'train')
+
+
+def spoil(here, what):
+    """Break the fourth image or label of the segmentation data."""
+    image, label = (here / f'data/seg/{part}/3.png' for part in ('img', 'ann'))
+    ids = cv2.imread(str(label), -1)
+    if what == 'no label':
+        label.unlink()
+        (here / 'data/seg/ann/5.png').unlink()
+    elif what == 'no image':
+        image.unlink()
+    elif what == 'size':
+        cv2.imwrite(str(image), np.zeros((48, 80, 3), np.uint8))
+    elif what == 'ids':
+        ids[:2, :2] = [[2, 33], [255, 254]]
+        cv2.imwrite(str(label), ids)
+    elif what == 'colours':
+        cv2.imwrite(str(label), np.dstack([ids] * 3))
+    elif what == 'cut label':
+        label.write_bytes(label.read_bytes()[:60])
+    elif what == 'cut image':
+        image.write_bytes(image.read_bytes()[:12])
+    elif what == 'no pictures':
+        for path in (here / 'data/seg/img').iterdir():
+            path.rename(path.with_suffix('.bmp'))
+
+
+@pytest.mark.parametrize('phase', ['train', 'val'])
+@pytest.mark.parametrize(
+    'what, said',
+    [
+        (
+            'no label',
+            'image {img}/3.png has no label: {ann}/3.png does not exist (2 of '
+            '8 images have none)',
+        ),
+        (
+            'no image',
+            'label {ann}/3.png has no image *.png in {img} (1 of 8 labels '
+            'have none)',
+        ),
+        (
+            'size',
+            'label {ann}/3.png is 64 x 64 pixels, its image {img}/3.png is '
+            '80 x 48',
+        ),
+        (
+            'ids',
+            'label {ann}/3.png has the ids [2, 33, 254], expected 0 to 1, or '
+            '255',
+        ),
+        ('colours', 'label {ann}/3.png has shape (64, 64, 3), expected one'),
+        ('cut label', '{ann}/3.png can not be read: '),
+        ('cut image', '{img}/3.png can not be read: '),
+        ('no pictures', '{img} has no file *.png, which a BaseSegDataset'),
+    ],
+)
+def test_images_and_labels_that_do_not_fit(here, refuse, phase, what, said):
+    if phase == 'val':
+        # The training data are whole.
+        shutil.copytree('data/seg', 'whole')
+        root = ['train_dataloader.dataset.data_root=whole']
+    spoil(here, what)
+    options = ['--cfg-options', *root] if phase == 'val' else []
+    line = refuse('train', 'seg.py', *options)
+    said = said.format(img='data/seg/img', ann='data/seg/ann')
+    assert line.startswith(f'config seg.py: {phase}_dataloader: {said}')
+
+
+@pytest.mark.parametrize('what', ['no label', 'ids'])
+def test_labels_to_test_with(here, refuse, weights, what):
+    spoil(here, what)
+    line = refuse('test', 'seg.py', weights(host='seg'))
+    assert line.startswith('config seg.py: test_dataloader: ')
+    assert 'data/seg/ann/3.png' in line
+
+
+def test_labels_as_the_host_reads_them(here):
+    """A third class may be there if the host makes it another one."""
+    spoil(here, 'ids')
+    label = cv2.imread('data/seg/ann/3.png', -1)
+    label[label == 33] = 2
+    label[label == 254] = 2
+    cv2.imwrite('data/seg/ann/3.png', label)
+    cfg = Config.fromfile('seg.py')
+    with pytest.raises(launch.StartError, match=r'ids \[2\]'):
+        launch.check_data(cfg, 'train')
+    # 0 is ignored, and 1 and 2 become 0 and 1.
+    cfg.train_dataloader.dataset.reduce_zero_label = True
+    launch.check_data(cfg, 'train')
+    cfg.train_dataloader.dataset.reduce_zero_label = False
+    cfg.train_dataloader.dataset.ignore_index = 2
+    with pytest.raises(launch.StartError, match=r'ids \[255\]'):
+        launch.check_data(cfg, 'train')
+
+
+def test_part_of_the_images(here, refuse):
+    write(here, 'data/seg/some.txt', '0\n1\n')
+    option = 'train_dataloader.dataset.ann_file=some.txt'
+    spoil(here, 'no image')
+    cfg = Config.fromfile('seg.py')
+    cfg.merge_from_dict({option.split('=')[0]: 'some.txt'})
+    launch.check_data(cfg, 'train')
+    write(here, 'data/seg/some.txt', '0\n3\n')
+    line = refuse('train', 'seg.py', '--cfg-options', option)
+    assert line.endswith('image data/seg/img/3.png does not exist')
+
+
+def test_photograph_that_was_turned(here):
+    """A header says how to turn a JPEG, and the hosts turn it."""
+    picture = Image.fromarray(np.zeros((48, 64, 3), np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    os.remove('data/seg/img/3.png')
+    shutil.rmtree('data/seg/ann')
+    os.mkdir('data/seg/ann')
+    picture.save('data/seg/img/3.jpg', exif=turned)
+    cfg = Config.fromfile('seg.py')
+    cfg.train_dataloader.dataset.img_suffix = '.jpg'
+    label = np.zeros(mmcv.imread('data/seg/img/3.jpg').shape[:2], np.uint8)
+    assert label.shape == (64, 48)
+    cv2.imwrite('data/seg/ann/3.png', label)
+    launch.check_data(cfg, 'train')
+    cv2.imwrite('data/seg/ann/3.png', label.T)
+    with pytest.raises(launch.StartError, match='64 x 48 .* 48 x 64'):
+        launch.check_data(cfg, 'train')
+
+
+CITYSCAPES = """
+_base_ = 'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'
+train_dataloader = dict(dataset=dict(data_root='{root}'))
+val_dataloader = dict(dataset=dict(data_root='{root}'))
+"""
+
+
+def test_folder_that_is_not_cityscapes(here, refuse):
+    config = write(here, 'city.py', CITYSCAPES.format(root='data'))
+    line = refuse('train', config)
+    assert line.startswith(
+        "config city.py: train_dataloader: data_prefix.img_path='leftImg8bit/"
+    )
+    for split in ('train', 'val'):
+        shutil.copytree('data/seg/img', f'data/leftImg8bit/{split}')
+        shutil.copytree('data/seg/ann', f'data/gtFine/{split}')
+    line = refuse('train', config)
+    assert line == (
+        'config city.py: train_dataloader: data/leftImg8bit/train has no file '
+        '*_leftImg8bit.png, which a CityscapesDataset consists of'
+    )
+
+
+def test_cityscapes_without_training_ids(here, refuse):
+    config = write(here, 'city.py', CITYSCAPES.format(root='data'))
+    stem = 'bonn/bonn_000000_000019'
+    for split in ('train', 'val'):
+        for name in ('leftImg8bit', 'gtFine'):
+            os.makedirs(f'data/{name}/{split}/bonn')
+        shutil.copy(
+            'data/seg/img/0.png',
+            f'data/leftImg8bit/{split}/{stem}_leftImg8bit.png',
+        )
+        label = f'data/gtFine/{split}/{stem}_gtFine_label'
+        shutil.copy('data/seg/ann/0.png', f'{label}Ids.png')
+    line = refuse('train', config)
+    label = f'data/gtFine/train/{stem}_gtFine_label'
+    assert f'{label}TrainIds.png does not exist (1 of 1 images' in line
+    assert f'make it from {label}Ids.png with csCreateTrainIdLabel' in line
+    for split in ('train', 'val'):
+        label = f'data/gtFine/{split}/{stem}_gtFine_label'
+        shutil.copy(f'{label}Ids.png', f'{label}TrainIds.png')
+    launch.check_data(Config.fromfile(config), 'train', 'val')
+
+
+def test_labels_of_a_type_that_nobody_knows(here):
+    """The runner says it better."""
+    spoil(here, 'ids')
+    cfg = Config.fromfile('seg.py')
+    cfg.train_dataloader.dataset.type = 'Nobody'
+    launch.check_data(cfg, 'train')
+
+
+def test_one_process_reads_the_labels(here, monkeypatch):
+    spoil(here, 'ids')
+    monkeypatch.setenv('RANK', '1')
+    launch.check_data(Config.fromfile('seg.py'), 'train')
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(launch.StartError, match='ids'):
+        launch.check_data(Config.fromfile('seg.py'), 'train')
 
 
 def test_remote_data_is_left_to_mmengine(here):
@@ -404,15 +607,12 @@ def test_annotation_of_ours_does_not_fit(here, refuse, face, says):
     assert line.startswith(says)
 
 
-@pytest.mark.parametrize('host', ['det', 'seg'])
-def test_no_sample(here, refuse, host):
+def test_no_sample(here, refuse):
     path = here / 'data/det/ann.json'
     coco = json.loads(path.read_text())
     path.write_text(json.dumps({**coco, 'images': [], 'annotations': []}))
-    shutil.rmtree(here / 'data/seg/img')
-    (here / 'data/seg/img').mkdir()
-    line = refuse('train', f'{host}.py', work_dir_made=True)
-    assert line == f'config {host}.py: train_dataloader has no sample'
+    line = refuse('train', 'det.py', work_dir_made=True)
+    assert line == 'config det.py: train_dataloader has no sample'
 
 
 # The checkpoint
