@@ -1,0 +1,15 @@
+_base_ = [
+    'mmseg::stdc/stdc1_in1k-pre_4xb12-80k_cityscapes-512x1024.py',
+    '../_base_/polynl.py',
+]
+# For real time. STDC's own global context is an average pooling at stride 32;
+# this one stands in the head, at stride 8.
+model = dict(decode_head=dict(type='polynl_mm.PolyNLHead'))
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys={
+            'poly_nl.alpha': dict(decay_mult=0),
+            'poly_nl.beta': dict(decay_mult=0),
+        }
+    )
+)
