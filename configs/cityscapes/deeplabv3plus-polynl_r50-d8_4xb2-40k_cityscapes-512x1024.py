@@ -10,11 +10,5 @@ model = dict(
         blocks=[dict(after='bottleneck', cfg=dict(type='polynl_mm.PolyNL2d'))],
     )
 )
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            'poly_nl.alpha': dict(decay_mult=0),
-            'poly_nl.beta': dict(decay_mult=0),
-        }
-    )
-)
+custom_hooks = _base_.polynl_hooks
+optim_wrapper = _base_.polynl_optim

@@ -6,4 +6,7 @@ _base_ = [
     'mmseg::_base_/default_runtime.py',
     '../_base_/polynl.py',
 ]
-model = dict(data_preprocessor=dict(size=(512, 1024)))
+data_preprocessor = dict(size=(512, 1024))
+model = dict(data_preprocessor=data_preprocessor)
+custom_hooks = _base_.polynl_hooks
+optim_wrapper = _base_.polynl_optim

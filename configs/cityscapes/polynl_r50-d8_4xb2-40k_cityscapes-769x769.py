@@ -3,11 +3,5 @@ _base_ = [
     '../_base_/polynl.py',
 ]
 model = dict(decode_head=dict(type='polynl_mm.PolyNLHead'))
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            'poly_nl.alpha': dict(decay_mult=0),
-            'poly_nl.beta': dict(decay_mult=0),
-        }
-    )
-)
+custom_hooks = _base_.polynl_hooks
+optim_wrapper = _base_.polynl_optim

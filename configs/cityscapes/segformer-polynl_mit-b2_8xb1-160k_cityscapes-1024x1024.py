@@ -12,6 +12,7 @@ model = dict(
         ],
     )
 )
+custom_hooks = _base_.polynl_hooks
 # The head learns ten times as fast. Of several keys that match, the longest
 # alone counts.
 optim_wrapper = dict(

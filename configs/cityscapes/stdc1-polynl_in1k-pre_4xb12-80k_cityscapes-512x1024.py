@@ -5,11 +5,5 @@ _base_ = [
 # For real time. STDC's own global context is an average pooling at stride 32;
 # this one stands in the head, at stride 8.
 model = dict(decode_head=dict(type='polynl_mm.PolyNLHead'))
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            'poly_nl.alpha': dict(decay_mult=0),
-            'poly_nl.beta': dict(decay_mult=0),
-        }
-    )
-)
+custom_hooks = _base_.polynl_hooks
+optim_wrapper = _base_.polynl_optim
