@@ -165,7 +165,12 @@ def package_file(package: str, path: str) -> Path:
     return file
 
 
-def load_photo(photo: Photo, split: str) -> np.ndarray:
+def load_photo(name: str, split: str) -> np.ndarray:
+    """Part of a named photograph that belongs to a split."""
+    return load_part(PHOTOS[name], split)
+
+
+def load_part(photo: Photo, split: str) -> np.ndarray:
     """Part of a photograph that belongs to a split, (H, W, 3) uint8 BGR."""
     file = package_file(photo.package, photo.path)
     image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)
@@ -629,7 +634,7 @@ def wider_face(out: Path, seed: int, sizes: dict) -> None:
     """
     for number, split in enumerate(SPLITS):
         patches = load_patches(split, seed)
-        photos = {n: load_photo(p, split) for n, p in PHOTOS.items()}
+        photos = {name: load_photo(name, split) for name in PHOTOS}
         events = {}
         for index in range(sizes[split]):
             # An own generator per picture: more pictures change none.
@@ -1243,7 +1248,7 @@ def cityscapes(out: Path, seed: int, sizes: dict) -> None:
     convert = city_converters()
     for number, split in enumerate(SPLITS):
         photos = {
-            name: [load_photo(photo, split) for photo in choices]
+            name: [load_part(photo, split) for photo in choices]
             for name, choices in CITY_MATERIALS.items()
         }
         for index in range(sizes[split]):
