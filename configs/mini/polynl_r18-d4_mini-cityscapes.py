@@ -126,4 +126,5 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
+custom_hooks = [dict(type='polynl_mm.PolyNLHook')]
 randomness = dict(seed=0)
