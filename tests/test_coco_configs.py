@@ -176,6 +176,9 @@ def assert_adds_only_blocks(cfg, host):
         del paramwise['custom_keys']
     assert paramwise == host['optim_wrapper'].pop('paramwise_cfg', {})
     cfg['model'] = without_blocks(cfg['model'])
+    # mmdet's of RTMDet is that of another schedule.
+    if host['train_dataloader']['batch_size'] == 32:
+        host['auto_scale_lr']['base_batch_size'] = 256
     assert cfg == host
 
 

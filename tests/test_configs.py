@@ -90,6 +90,16 @@ def test_names_our_hook(name):
 
 
 @pytest.mark.parametrize('name', LEAVES)
+def test_rate_can_be_scaled(name):
+    """mmdet's train.py --auto-scale-lr asks for both; mmseg's has no such."""
+    cfg = Config.fromfile(CONFIGS / name)
+    scale = cfg.get('auto_scale_lr')
+    assert scale or cfg.default_scope == 'mmseg'
+    if scale:
+        assert scale.enable is False and scale.base_batch_size > 0
+
+
+@pytest.mark.parametrize('name', LEAVES)
 def test_best_checkpoint_can_be_told(name):
     """mmengine knows what is better only of metrics of its own hosts."""
     cfg = Config.fromfile(CONFIGS / name)

@@ -124,7 +124,7 @@ test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    # Fused: one parameter group per parameter costs time on a CPU.
+    # Fused (on a CPU from torch 2.4 on): one group per parameter costs time.
     optimizer=dict(type='AdamW', lr=0.005, weight_decay=0.05, fused=True),
     paramwise_cfg=dict(
         norm_decay_mult=0,
@@ -148,12 +148,11 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-auto_scale_lr = dict(base_batch_size=8)
+auto_scale_lr = dict(enable=False, base_batch_size=8)
 
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(max_keep_ckpts=1, save_best='coco/segm_mAP'),
-    visualization=dict(score_thr=0.3),
 )
 randomness = dict(seed=0)
 custom_hooks = [dict(type='polynl_mm.PolyNLHook')]

@@ -17,7 +17,8 @@ from polynl_mm.registry import HOOKS
 class PolyNLHook(Hook):
     """Log alpha and beta of every Poly-NL layer, and warn of mistakes.
 
-    The values go to the visualizer as ``poly_nl/<path of the layer>.alpha``
+    The values go to the visualizer (``vis_data/scalars.json``, TensorBoard,
+    and so on; not to the text log) as ``poly_nl/<path of the layer>.alpha``
     and ``.beta``: a layer whose beta stays near 0 adds nothing. Before the
     training starts it warns of weight decay on them, and of layers that are
     frozen at beta = 0.
@@ -57,7 +58,7 @@ class PolyNLHook(Hook):
         if idle:
             runner.logger.warning(
                 f'{_some(idle)}: frozen at beta=0, these Poly-NL layers never '
-                'learn and change nothing (frozen_stages, or lr_mult)'
+                'learn and change nothing (frozen_stages of their host?)'
             )
 
     def after_train_iter(
@@ -108,6 +109,8 @@ def _decaying(optim_wrapper, layers: dict[str, nn.Module]) -> list[str]:
         for name, layer in layers.items()
         for key in ('alpha', 'beta')
         if id(getattr(layer, key)) in decayed
+        # Of a frozen one nothing decays, though the optimiser has it.
+        and getattr(layer, key).requires_grad
     ]
 
 

@@ -52,10 +52,9 @@ def run(tool: Callable[[], None]) -> None:
 
     Any other exception keeps its traceback.
     """
+    code = 0
     try:
         tool()
-        if is_distributed():
-            _leave_group()
     except StartError as error:
         if _rank() > 0:
             # Process 0 meets the same error and tells it, and the launcher
@@ -63,14 +62,19 @@ def run(tool: Callable[[], None]) -> None:
             # first process there tells it for all of them.
             time.sleep(20 if int(os.environ.get('LOCAL_RANK', 0)) == 0 else 25)
         _print(f'error: {error}')
-        sys.exit(2)
+        code = 2
+    if is_distributed():
+        _leave_group(code)
+    if code:
+        sys.exit(code)
 
 
-def _leave_group() -> None:
-    # Process 0 may still be writing.
-    torch.distributed.barrier()
+def _leave_group(code: int) -> None:
     gloo = torch.distributed.get_backend() == 'gloo'
-    torch.distributed.destroy_process_group()
+    if code == 0:
+        # Process 0 may still be writing.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     if gloo:
         # DistributedDataParallel keeps the group's threads alive, and one that
         # meets the finalisation of Python aborts the process ("terminate
@@ -79,7 +83,7 @@ def _leave_group() -> None:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def say(message: str) -> None:

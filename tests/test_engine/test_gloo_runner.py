@@ -262,6 +262,8 @@ def tool():
     torch.distributed.init_process_group(
         'gloo', init_method='file://' + FILE, rank=0, world_size=1)
     print('done')
+    if ERROR:
+        raise launch.StartError('why')
 
 
 kept = Kept()
@@ -271,13 +273,15 @@ print('not reached')
 """
 
 
-def test_leaves_before_python_is_finalised(tmp_path):
+@pytest.mark.parametrize('error', [False, True])
+def test_leaves_before_python_is_finalised(tmp_path, error):
     """A thread of gloo that meets the finalisation aborts the process."""
-    code = f'FILE = {str(tmp_path / "store")!r}\n' + LEAVING
+    code = f'FILE = {str(tmp_path / "store")!r}\nERROR = {error}\n' + LEAVING
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (2 if error else 0), done.stderr
+    assert ('error: why' in done.stderr) == error
     assert done.stdout.split('\n') == ['done', 'at exit', '']
 
 

@@ -124,10 +124,11 @@ def test_without_decay_nothing_is_told(tmp_path):
 
 
 def test_layers_frozen_as_the_identity_are_told(tmp_path):
+    """And nothing of their decay."""
     model = Model()
     for layer in (model.first, model.last):
         layer.poly_nl.requires_grad_(False)
-    (told,) = train(tmp_path, model, keys=NO_DECAY)[0]
+    (told,) = train(tmp_path, model)[0]
     assert told.startswith('first.poly_nl: frozen at beta=0')
 
 
