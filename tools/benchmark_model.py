@@ -88,6 +88,13 @@ def parse_args():
         '--turns', type=int, default=10, help='times that each is timed'
     )
     parser.add_argument(
+        '--modes',
+        nargs='+',
+        default=MODES,
+        choices=MODES,
+        help='what is timed; all if not given',
+    )
+    parser.add_argument(
         '--no-time',
         action='store_true',
         help='only parameters and FLOPs: quick',
@@ -270,15 +277,15 @@ def flops(f) -> int:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def peak_memory(config: str, shape: list[int], device: str) -> dict:
+def peak_memory(config: str, args) -> dict:
     """Bytes that a call in each mode adds at its peak. Run in a child."""
     logging.disable(logging.INFO)
-    contender = Contender(config, shape, device)
+    contender = Contender(config, args.shape, args.device)
     peak = {}
-    for mode in MODES:
+    for mode in args.modes:
         f = contender.call(mode)
         f()
-        peak[mode] = bench.added_at_peak(f, device)
+        peak[mode] = bench.added_at_peak(f, args.device)
     return peak
 
 
@@ -301,6 +308,7 @@ def measure(args) -> dict:
         machine=bench.machine(args.device),
         shape=args.shape,
         unit=args.configs[0],
+        modes=[] if args.no_time else args.modes,
         contenders={},
     )
     contenders = {}
@@ -316,7 +324,7 @@ def measure(args) -> dict:
             contenders[name] = contender
     if args.no_time:
         return row
-    for mode in MODES:
+    for mode in args.modes:
         times = take_turns(contenders, mode, args.turns, args.device)
         for name, seconds in times.items():
             row['contenders'][name][mode] = seconds
@@ -324,19 +332,16 @@ def measure(args) -> dict:
         for name, case in row['contenders'].items():
             case['relative'] = {
                 mode: bench.relative(row, name, mode, row['unit'])
-                for mode in MODES
+                for mode in args.modes
             }
-            case['peak_bytes'] = pool.apply(
-                peak_memory, (name, args.shape, args.device)
-            )
+            case['peak_bytes'] = pool.apply(peak_memory, (name, args))
     return row
 
 
 def table(row: dict) -> str:
     """Markdown: a line for each model."""
     head = ['model', 'parameters, M', 'multiply-adds, G', 'FLOPs, G']
-    timed = 'relative' in row['contenders'][row['unit']]
-    for mode in MODES if timed else ():
+    for mode in row['modes']:
         head += [f'{mode}, ms', f'{mode}, ratio', f'{mode}, peak MiB']
     lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
     for name, case in row['contenders'].items():
@@ -346,7 +351,7 @@ def table(row: dict) -> str:
             f'{case["multiply_adds"] / 1e9:.2f}',
             f'{case["flops"] / 1e9:.2f}',
         ]
-        for mode in MODES if timed else ():
+        for mode in row['modes']:
             value, half = bench.seconds(row, name, mode)
             cells.append(f'{value * 1e3:.4g} ± {half * 1e3:.2g}')
             value, half = case['relative'][mode]

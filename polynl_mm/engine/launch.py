@@ -35,11 +35,12 @@ warnings.filterwarnings('ignore', 'pkg_resources is deprecated')
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# The variable that a launcher gives every process, and how to be given it.
+# The variables in which a launcher tells every process its number and how many
+# there are, and how to be started by it.
 _LAUNCHERS = {
-    'pytorch': ('RANK', 'torchrun, as tools/dist_*.sh do'),
-    'slurm': ('SLURM_PROCID', 'srun, as tools/slurm_*.sh do'),
-    'mpi': ('OMPI_COMM_WORLD_RANK', 'mpirun'),
+    'pytorch': ('RANK', 'WORLD_SIZE', 'torchrun, as tools/dist_*.sh do'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'srun, as tools/slurm_*.sh do'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'mpirun'),
 }
 
 
@@ -101,7 +102,7 @@ def _print(message: str) -> None:
 
 def _rank() -> int:
     # Those that are not set, or set before the launcher knows, count as 0.
-    names = ['LOCAL_RANK', *(name for name, _ in _LAUNCHERS.values())]
+    names = ['LOCAL_RANK', *(names[0] for names in _LAUNCHERS.values())]
     return max(int(os.environ.get(name, 0)) for name in names)
 
 
@@ -241,7 +242,7 @@ def runner_class(cfg: Config) -> type[Runner]:
             f'--launcher {cfg.launcher} needs a GPU per process, and this '
             'machine has none: use tools/dist_*.sh'
         )
-    variable, starter = _LAUNCHERS[cfg.launcher]
+    variable, _, starter = _LAUNCHERS[cfg.launcher]
     if variable not in os.environ:
         raise StartError(
             f'--launcher {cfg.launcher}, but {variable} is not set: start it '
@@ -322,15 +323,19 @@ def check_data(cfg: Config, *phases: str) -> None:
                     cfg,
                     evaluator,
                 )
-    # Reading the labels takes a while, and once is enough: a launcher ends
-    # the other processes if it fails.
-    if cfg.get('default_scope') == 'mmseg' and _rank() == 0:
+    if cfg.get('default_scope') == 'mmseg':
         _check_labels(cfg, phases)
 
 
 def _check_labels(cfg: Config, phases: Iterable[str]) -> None:
     from .seg_data import check_seg_data
 
+    part = slice(None)
+    if cfg.get('launcher', 'none') != 'none':
+        # Reading takes a while: every process looks at its share, and the
+        # launcher ends the others where one fails.
+        rank, size, _ = _LAUNCHERS[cfg.launcher]
+        part = slice(int(os.environ[rank]), None, int(os.environ[size]))
     for phase in phases:
         for dataset in leaf_datasets(cfg.get(f'{phase}_dataloader') or {}):
             paths = [dataset.get('data_root') or '']
@@ -338,7 +343,7 @@ def _check_labels(cfg: Config, phases: Iterable[str]) -> None:
             if 'type' not in dataset or _remote(dataset, *paths):
                 continue
             try:
-                check_seg_data(dataset, say)
+                check_seg_data(dataset, say, part)
             except ValueError as error:
                 raise StartError(
                     f'config {cfg.filename}: {phase}_dataloader: {error}'

@@ -18,7 +18,11 @@ _SIZED = ('.png', '.jpg', '.jpeg')
 _ORIENTATION = 0x0112
 
 
-def check_seg_data(dataset: dict, say: Callable[[str], None]) -> None:
+def check_seg_data(
+    dataset: dict,
+    say: Callable[[str], None],
+    part: slice = slice(None),
+) -> None:
     """Check every image and label of a local data set of mmseg.
 
     That they belong together is told by their names; sizes of images are read
@@ -32,6 +36,8 @@ def check_seg_data(dataset: dict, say: Callable[[str], None]) -> None:
             is passed over, and so are labels which the pipeline does not load
             by ``LoadAnnotations``.
         say: Told in a line what takes long.
+        part: Which of the labels to read, where several processes share the
+            work; that names belong together is checked of all.
 
     Raises:
         ValueError: The image folder has no image with the suffix of the data
@@ -70,7 +76,7 @@ def check_seg_data(dataset: dict, say: Callable[[str], None]) -> None:
         check = partial(_check_pair, data, registry.build(loaders[0]))
     with ThreadPoolExecutor() as pool:
         # In order: the first file that is wrong is named, the rest not read.
-        for _ in pool.map(check, pairs):
+        for _ in pool.map(check, pairs[part]):
             pass
 
 

@@ -560,13 +560,30 @@ def test_labels_of_a_type_that_nobody_knows(here):
     launch.check_data(cfg, 'train')
 
 
-def test_one_process_reads_the_labels(here, monkeypatch):
+@pytest.mark.parametrize(
+    'launcher, rank, size',
+    [
+        ('pytorch', 'RANK', 'WORLD_SIZE'),
+        ('slurm', 'SLURM_PROCID', 'SLURM_NTASKS'),
+        ('mpi', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'),
+    ],
+)
+def test_processes_share_the_labels(here, monkeypatch, launcher, rank, size):
+    """The fourth of the labels is one that process 1 of 2 reads."""
     spoil(here, 'ids')
-    monkeypatch.setenv('RANK', '1')
-    launch.check_data(Config.fromfile('seg.py'), 'train')
-    monkeypatch.setenv('RANK', '0')
+    cfg = Config.fromfile('seg.py')
+    cfg.launcher = launcher
+    monkeypatch.setenv(size, '2')
+    monkeypatch.setenv(rank, '0')
+    launch.check_data(cfg, 'train')
+    monkeypatch.setenv(rank, '1')
     with pytest.raises(launch.StartError, match='ids'):
-        launch.check_data(Config.fromfile('seg.py'), 'train')
+        launch.check_data(cfg, 'train')
+    # Whether names fit is cheap, and everybody's.
+    spoil(here, 'no label')
+    monkeypatch.setenv(rank, '0')
+    with pytest.raises(launch.StartError, match='no label'):
+        launch.check_data(cfg, 'train')
 
 
 def test_remote_data_is_left_to_mmengine(here):

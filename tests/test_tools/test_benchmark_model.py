@@ -173,6 +173,15 @@ def test_time_and_memory(here, start_here):
     assert '| 1.000 ± 0.000 |' in lines[-2]
 
 
+def test_one_mode_only(here, start_here):
+    shape = ('--shape', 16, 16, '--turns', 2)
+    out = start_here('tiny.py', *shape, '--modes', 'forward')
+    case = json.loads((here / 'out.json').read_text())['contenders']['tiny.py']
+    assert len(case['forward']) == 2 and 'training' not in case
+    assert list(case['peak_bytes']) == list(case['relative']) == ['forward']
+    assert 'forward, ms' in out and 'training' not in out
+
+
 def test_fused_attention_is_counted(tool):
     n, c = 16, 8
     layer = torch.nn.MultiheadAttention(c, 2, batch_first=True).eval()
