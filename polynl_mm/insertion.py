@@ -142,6 +142,12 @@ def insert_blocks(model: nn.Module, blocks: list[dict]) -> nn.Module:
     return model
 
 
+def inserted_after(module: nn.Module) -> list[str]:
+    """Names of the blocks inserted after a module, in the order they run."""
+    hooks = module._forward_hooks.values()
+    return [hook.name for hook in hooks if isinstance(hook, _Hook)]
+
+
 def _type(module: nn.Module) -> str:
     return type(module).__name__
 
@@ -373,7 +379,9 @@ class _Hook:
         index = _feature(self.path, self.item, output)
         x = _items(output)[index]
         channels = x.shape[_channel_axis(x)]
+        # A layer that fuse_poly_nl fused for training is given less.
         expected = getattr(block, 'in_channels', channels)
+        expected = getattr(block.forward, 'in_channels', expected)
         if channels != expected:
             raise ValueError(
                 f'after {self.path!r}, {self.name!r} was built with '

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from .ops import FORMS, autocast_dtype, no_autocast, poly_nl
 from .registry import MODELS
 
-__all__ = ['PolyNL1d', 'PolyNL2d', 'PolyNL3d']
+__all__ = ['PolyNL', 'PolyNL1d', 'PolyNL2d', 'PolyNL3d']
 
 
-class _PolyNL(nn.Module):
+class PolyNL(nn.Module):
     r"""Poly-NL layer, a non-local block of linear complexity.
+
+    The base of :class:`PolyNL1d`, :class:`PolyNL2d` and :class:`PolyNL3d`.
 
     .. math::
         Y = \alpha X + \beta (\Phi(X W_1 \odot X W_2) \odot X) W_3
@@ -75,6 +77,7 @@ class _PolyNL(nn.Module):
         norm_cfg: dict | None = None,
         form: str = 'auto',
     ) -> None:
+        """Check the arguments, make the parameters; see the class."""
         super().__init__()
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(
@@ -150,8 +153,8 @@ class _PolyNL(nn.Module):
                 'the host announced another channel count for this position '
                 "than it delivers; choose another, such as 'after_conv3'"
             )
-        weights = [w.weight.flatten(1) for w in (self.w1, self.w2, self.w3)]
-        biases = [w.bias for w in (self.w1, self.w2, self.w3)]
+        matrices = self.matrices()
+        weights, biases = matrices[:3], matrices[3:]
         if self.norm is None:
             scalars = (self.alpha, self.beta)
             return poly_nl(x, *weights, *scalars, *biases, form=self.form)
@@ -169,30 +172,48 @@ class _PolyNL(nn.Module):
             y = self.alpha * x + self.beta * branch
         return y.to(autocast_dtype(x))
 
+    def matrices(self) -> tuple[Tensor | None, ...]:
+        """W1, W2, W3 of shape (C, C), b1, b2, b3 of shape (C,) or None."""
+        convs = (self.w1, self.w2, self.w3)
+        return (
+            *(conv.weight.flatten(1) for conv in convs),
+            *(conv.bias for conv in convs),
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # Raised, not collected: mmengine only logs what is collected.
+        if f'{prefix}a' in state_dict and f'{prefix}w1' in state_dict:
+            raise RuntimeError(
+                f'{prefix[:-1]!r} is a Poly-NL layer; in the state dict it is '
+                'fused with the convolution before it: that is for a model '
+                'on which fuse_poly_nl was called; a training saves none such'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of the layer."""
         return f'in_channels={self.in_channels}, form={self.form!r}'
 
 
 @MODELS.register_module()
-class PolyNL1d(_PolyNL):
-    """Poly-NL over sequences; arguments as :class:`_PolyNL`."""
+class PolyNL1d(PolyNL):
+    """Poly-NL over sequences; arguments as :class:`PolyNL`."""
 
     _conv = nn.Conv1d
     _spatial_dims = 1
 
 
 @MODELS.register_module()
-class PolyNL2d(_PolyNL):
-    """Poly-NL over feature maps; arguments as :class:`_PolyNL`."""
+class PolyNL2d(PolyNL):
+    """Poly-NL over feature maps; arguments as :class:`PolyNL`."""
 
     _conv = nn.Conv2d
     _spatial_dims = 2
 
 
 @MODELS.register_module()
-class PolyNL3d(_PolyNL):
-    """Poly-NL over videos and volumes; arguments as :class:`_PolyNL`."""
+class PolyNL3d(PolyNL):
+    """Poly-NL over videos and volumes; arguments as :class:`PolyNL`."""
 
     _conv = nn.Conv3d
     _spatial_dims = 3

@@ -60,6 +60,29 @@ and with biases :math:`\bar W_1 \mathrel{+}= (\bar g \odot b_2) m^T`,
 :math:`\bar X` gains
 :math:`(W_1^T (\bar g \odot b_2) + W_2^T (\bar g \odot b_1)) / N`.
 
+**Behind a 1x1 convolution**, :math:`x_n = A h_n + b` with
+:math:`A \in R^{C \times c}` (an evaluated BatchNorm included), the layer can
+be seen from the convolution's narrow input :math:`H \in R^{c \times N}`. Its
+projections are projections of H,
+
+.. math::
+    W_i x + b_i = P_i h + p_i, \quad P_i = W_i A, \quad p_i = W_i b + b_i
+
+so the gate is that of H, with :math:`P_i` and :math:`p_i` in the place of
+:math:`W_i` and :math:`b_i`: :math:`Nc^2 + Cc^2` multiply-adds. And once the
+gate is known, the layer is linear and can be applied to the convolution
+instead of its output:
+
+.. math::
+    A' &= \alpha A + \beta W_3 \operatorname{diag}(g) A           && C^2c \\
+    b' &= \alpha b + \beta W_3 (g \odot b) + \beta b_3 \\
+    Y &= A' H + b' 1^T                                          && NCc
+
+The last product is the convolution, which is there without the layer, too.
+Where :math:`N < c` the output is smaller than the convolution, and is what
+the layer is applied to. W1 and W2 enter by :math:`P_i` only, constants of a
+trained model.
+
 **Precision.** The branch is cubic in X: in float16 the product of two
 projections overflows at magnitudes of 256. For float16 and bfloat16 input,
 everything between X and the output (S, g and M; the product, its mean and the
@@ -77,7 +100,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['FORMS', 'choose_form', 'poly_nl', 'poly_nl_direct', 'poly_nl_gram']
+__all__ = [
+    'FORMS',
+    'choose_form',
+    'poly_nl',
+    'poly_nl_behind',
+    'poly_nl_direct',
+    'poly_nl_gram',
+    'project',
+]
 
 FORMS = ('auto', 'direct', 'gram')
 
@@ -138,9 +169,7 @@ def poly_nl(
     if form not in FORMS:
         raise ValueError(f'form must be one of {FORMS}, got {form!r}')
     x, p = _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *p)
-    )
+    needs_grad = _wants_grad(x, *p)
     if form == 'auto' and _is_exporting():
         # The choice would become part of the program, for every size.
         form = 'gram'
@@ -150,7 +179,7 @@ def poly_nl(
     with no_autocast(x):
         if form == 'direct':
             return _direct(x, p)
-        if needs_grad and not torch.jit.is_tracing():
+        if needs_grad:
             return _PolyNLGram.apply(x, *p)
         return _gram(x, p)[0]
 
@@ -193,6 +222,91 @@ def choose_form(n: int, c: int, backward: bool, itemsize: int = 4) -> str:
     return 'gram' if gram <= direct else 'direct'
 
 
+def project(
+    a: Tensor,
+    b: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Make the first two convolutions those of H, where X = A H + b.
+
+    Args:
+        a, b (Tensor): Weight (C, c) and shift (C,) of the convolution before.
+        w1, w2, b1, b2: As in :func:`poly_nl`.
+
+    Returns:
+        tuple: P1 (C, c), P2 (C, c), p1 (C,), p2 (C,) of the module's
+        description.
+    """
+    q1, q2 = w1 @ b, w2 @ b
+    return (
+        w1 @ a,
+        w2 @ a,
+        q1 if b1 is None else q1 + b1,
+        q2 if b2 is None else q2 + b2,
+    )
+
+
+def poly_nl_behind(
+    h: Tensor,
+    a: Tensor,
+    b: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    alpha: Tensor | float,
+    beta: Tensor | float,
+    b1: Tensor,
+    b2: Tensor,
+    b3: Tensor | None = None,
+    fold: bool | None = None,
+) -> Tensor:
+    r"""Poly-NL of X = A H + b, from H.
+
+    Args:
+        h (Tensor): Input of the convolution, as ``x`` of :func:`poly_nl`.
+        a, b (Tensor): Weight and shift of the convolution.
+        w1, w2, b1, b2 (Tensor): Weights and biases of the first two
+            convolutions, made those of ``h`` by :func:`project`.
+        w3, alpha, beta, b3: As in :func:`poly_nl`.
+        fold (bool, optional): Whether the layer is applied to the convolution
+            or to its output; the result is the same. By default the cheaper
+            one for the shape of ``h``.
+
+    Shape:
+        - h: (B, c, \*spatial) with one to three spatial axes.
+        - a, w1, w2: (C, c). w3: (C, C). b, b1, b2, b3: (C,).
+        - result: (B, C, \*spatial), channels-last if ``h`` is. It owns its
+          memory.
+
+    Raises:
+        ValueError: If a shape or a dtype is not as stated.
+        RuntimeError: On double backward, which is not implemented.
+    """
+    h, p = _prepare(h, w1, w2, w3, alpha, beta, b1, b2, b3, a, b)
+    a, b = a.to(p.dtype), b.to(p.dtype)
+    if fold is None:
+        n, c = math.prod(h.shape[2:]), h.shape[1]
+        # Both ways cost the same with n and c exchanged. A program that is
+        # exported is one for every size.
+        fold = n >= c or _is_exporting() or torch.jit.is_tracing()
+    with no_autocast(h):
+        s, total = _Moments.apply(h) if _wants_grad(h) else _moments(h)
+        n = h.flatten(2).shape[-1]
+        g = _gate(p, _each(p.w1, s), total / n, n)
+        if not fold:
+            return _apply_gate(_conv(h, a, b), g, p)
+        gain = (p.beta * g).unsqueeze(2)
+        a = p.alpha * a + _each(p.w3, gain * a)
+        b = p.alpha * b + F.linear(gain.squeeze(2) * b, p.w3)
+        b = b if p.b3 is None else b + p.beta * p.b3
+        return (
+            _Affine.apply(a, b, h) if _wants_grad(a, h) else _affine(a, b, h)
+        )
+
+
 class _Params(NamedTuple):
     """Weights, scalars and biases in the dtype of the C x C algebra.
 
@@ -213,27 +327,43 @@ class _Params(NamedTuple):
         return self.w1.dtype
 
 
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to be told how; tracers take ordinary operations."""
+    return (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+        and not torch.jit.is_tracing()
+    )
+
+
+def _conv(z: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution in the dtype of z."""
+    axes = z.dim() - 2
+    b = None if b is None else b.to(z.dtype)
+    return _CONVS[axes](z, w.to(z.dtype).reshape(*w.shape, *(1,) * axes), b)
+
+
 def _direct(x: Tensor, p: _Params) -> Tensor:
-    spatial = tuple(range(2, x.dim()))
-    ones = (1,) * len(spatial)
+    u, v = _conv(x, p.w1, p.b1), _conv(x, p.w2, p.b2)
+    return _apply_gate(
+        x, (u.to(p.dtype) * v.to(p.dtype)).flatten(2).mean(2), p
+    )
 
-    def conv(z, w, b=None):
-        b = None if b is None else b.to(z.dtype)
-        w = w.to(z.dtype).reshape(w.shape + ones)
-        return _CONVS[len(spatial)](z, w, b)
 
-    u, v = conv(x, p.w1, p.b1), conv(x, p.w2, p.b2)
-    g = (u.to(p.dtype) * v.to(p.dtype)).mean(spatial, keepdim=True)
+def _apply_gate(x: Tensor, g: Tensor, p: _Params) -> Tensor:
+    """The layer with its gate known: alpha x + beta (W3 (g x) + b3)."""
+    ones = (1,) * (x.dim() - 2)
+    g = g.reshape(*g.shape, *ones)
     if x.dtype in _HALF:
         # x * g may exceed float16 where the output does not: project it
         # relative to the largest gate, which cancels out.
         scale = g.detach().abs().amax(1, keepdim=True)
         scale = scale.clamp_min(torch.finfo(p.dtype).tiny)
-        branch = conv((x * (g / scale)).to(x.dtype), p.w3) * scale
+        branch = _conv((x * (g / scale)).to(x.dtype), p.w3) * scale
         if p.b3 is not None:
             branch = branch + p.b3.reshape(-1, *ones)
     else:
-        branch = conv(x * g, p.w3, p.b3)
+        branch = _conv(x * g, p.w3, p.b3)
     return (p.alpha * x + p.beta * branch).to(x.dtype)
 
 
@@ -243,17 +373,22 @@ def _gram(x: Tensor, p: _Params) -> tuple[Tensor | None, ...]:
     n = xf.shape[-1]
     s = _gram_matrix(xf)
     w1s = _each(p.w1, s)
-    g = (w1s * p.w2).sum(2) / n
-    m = None
-    if p.b1 is not None:
-        m = xf.sum(-1, dtype=p.dtype) / n
-        g = g + p.b1 * F.linear(m, p.w2, p.b2) + p.b2 * F.linear(m, p.w1)
+    m = None if p.b1 is None else xf.sum(-1, dtype=p.dtype) / n
+    g = _gate(p, w1s, m, n)
     mixing = p.w3 * (p.beta * g).unsqueeze(1)
     mixing.diagonal(dim1=1, dim2=2).add_(p.alpha)
     y = _mix(mixing, x)
     if p.b3 is not None:
         y.add_(_per_channel(p.beta * p.b3, y))
     return y, mixing, g, s, w1s, m
+
+
+def _gate(p: _Params, w1s: Tensor, m: Tensor | None, n: int) -> Tensor:
+    """The gate (B, C) from N W1 S and, where there are biases, the mean."""
+    g = (w1s * p.w2).sum(2) / n
+    if m is None:
+        return g
+    return g + p.b1 * F.linear(m, p.w2, p.b2) + p.b2 * F.linear(m, p.w1)
 
 
 class _PolyNLGram(torch.autograd.Function):
@@ -267,18 +402,22 @@ class _PolyNLGram(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        # Not once_differentiable: it lets a penalty on a gradient pass that
-        # another term of the loss hides, with the second derivative missing.
-        if torch.is_grad_enabled() and not _is_traced():
-            raise RuntimeError(
-                "Poly-NL's gram form has no second derivative "
-                "(create_graph=True); use form='direct'"
-            )
+        _refuse_second_derivative()
         x, *saved = ctx.saved_tensors
         with no_autocast(x):
             return _gram_backward(
                 dy, x, _Params(*saved[:8]), *saved[8:], ctx.needs_input_grad
             )
+
+
+def _refuse_second_derivative() -> None:
+    # Not once_differentiable: it lets a penalty on a gradient pass that
+    # another term of the loss hides, with the second derivative missing.
+    if torch.is_grad_enabled() and not _is_traced():
+        raise RuntimeError(
+            "Poly-NL's gram form has no second derivative "
+            "(create_graph=True); use form='direct'"
+        )
 
 
 def _gram_backward(dy, x, p, mixing, g, s, w1s, m, needed):
@@ -328,27 +467,77 @@ def _gram_backward(dy, x, p, mixing, g, s, w1s, m, needed):
     return tuple(d[k] if need[k] else None for k in need)
 
 
+def _moments(h: Tensor) -> tuple[Tensor, Tensor]:
+    """H H^T and the sum over the positions, at least in float32."""
+    hf = h.flatten(2)
+    s = _gram_matrix(hf)
+    return s, hf.sum(-1, dtype=s.dtype)
+
+
+class _Moments(torch.autograd.Function):
+    """:func:`_moments`; its gradient is (dS + dS^T) H + d(sum) 1^T."""
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        return _moments(h)
+
+    @staticmethod
+    def backward(ctx, ds, dsum):
+        _refuse_second_derivative()
+        (h,) = ctx.saved_tensors
+        with no_autocast(h):
+            return _affine(ds + ds.mT, dsum, h)
+
+
+def _affine(matrix: Tensor, column: Tensor, h: Tensor) -> Tensor:
+    """Every position times (B, C, c) matrices, plus (B, C) columns."""
+    y = _mix(matrix, h)
+    return y.add_(_per_channel(column, y))
+
+
+class _Affine(torch.autograd.Function):
+    """:func:`_affine` of any tensors; only H and the matrices are kept."""
+
+    @staticmethod
+    def forward(ctx, matrix, column, h):
+        ctx.save_for_backward(matrix, h)
+        return _affine(matrix, column, h)
+
+    @staticmethod
+    def backward(ctx, dy):
+        _refuse_second_derivative()
+        matrix, h = ctx.saved_tensors
+        dyf = dy.flatten(2)
+        with no_autocast(h):
+            return (
+                _matmul(dyf, h.flatten(2).mT),
+                dyf.sum(2, dtype=matrix.dtype),
+                _mix(matrix.mT, dy, like=h),
+            )
+
+
 def _mix(
     matrix: Tensor,
     x: Tensor,
     like: Tensor | None = None,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """Apply (B, C, C) matrices to every position of (B, C, *spatial) ``x``.
+    """Apply (B, C, c) matrices to every position of (B, c, *spatial) ``x``.
 
     The result has the memory layout of ``like`` (by default ``x``) and owns
     its memory: host blocks add to it in place, which autograd forbids on a
     view that a custom function or a checkpoint returns. With ``onto``, the
     result is added to that tensor, in place.
     """
-    matrix, xf = matrix.to(x.dtype), x.flatten(2)
+    matrix, xf, c = matrix.to(x.dtype), x.flatten(2), matrix.shape[1]
     if _is_traced():
         # Exporters know no ``out=``.
-        y = torch.matmul(matrix, xf).view(x.shape)
+        y = torch.matmul(matrix, xf).view(x.shape[0], c, *x.shape[2:])
         # A copy owns its memory, too; compilers remove it where they can.
         y = y if torch.jit.is_tracing() else y.clone()
         return y if onto is None else onto + y
-    y = _empty_like(x if like is None else like) if onto is None else onto
+    y = _empty_like(x if like is None else like, c) if onto is None else onto
     yf = y.view(*y.shape[:2], -1) if y.numel() else y.flatten(2)
     beta = 0 if onto is None else 1
     if yf.is_contiguous():
@@ -358,15 +547,16 @@ def _mix(
     return y
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """Uninitialised, with C innermost where that is so in x."""
+def _empty_like(x: Tensor, c: int) -> Tensor:
+    """Uninitialised, of c channels, C innermost where that is so in x."""
+    shape = (x.shape[0], c, *x.shape[2:])
     if x.is_contiguous() or not x.flatten(2).mT.is_contiguous():
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    strides, step = [], x.shape[1]
-    for size in reversed(x.shape[2:]):
+        return x.new_empty(shape)
+    strides, step = [], c
+    for size in reversed(shape[2:]):
         strides.append(step)
         step *= size
-    return x.new_empty_strided(x.shape, (step, 1, *reversed(strides)))
+    return x.new_empty_strided(shape, (step, 1, *reversed(strides)))
 
 
 def _sum_images(t: Tensor) -> Tensor:
@@ -380,8 +570,8 @@ def _per_channel(v: Tensor, x: Tensor) -> Tensor:
 
 
 def _each(w: Tensor, matrices: Tensor) -> Tensor:
-    """W A for every (C, C) matrix A of a batch."""
-    return torch.bmm(w.expand(matrices.shape), matrices)
+    """W A for every matrix A of a batch."""
+    return torch.bmm(w.expand(matrices.shape[0], *w.shape), matrices)
 
 
 def _gram_matrix(xf: Tensor) -> Tensor:
@@ -416,9 +606,9 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3):
+def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3, a=None, b=None):
     """Check the arguments; bring them to the dtypes to compute in."""
-    _check(x, w1, w2, w3, alpha, beta, b1, b2, b3)
+    _check(x, w1, w2, w3, alpha, beta, b1, b2, b3, a, b)
     x = x.to(autocast_dtype(x))
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
     if (b1 is None) != (b2 is None):
@@ -437,7 +627,7 @@ def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3):
     )
 
 
-def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3):
+def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3, a, b):
     if not 3 <= x.dim() <= 5 or 0 in x.shape[1:]:
         raise ValueError(
             'x must have shape (B, C, *spatial) with one to three spatial '
@@ -445,13 +635,31 @@ def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3):
         )
     if x.dtype not in (*_HALF, torch.float32, torch.float64):
         raise ValueError(f'x must be floating point, got {x.dtype}')
-    c = x.shape[1]
+    narrow = x.shape[1]
+    c = len(a) if isinstance(a, Tensor) and a.dim() else narrow
     autocast = _is_autocast_on(x.device.type)
-    named = dict(w1=w1, w2=w2, w3=w3, b1=b1, b2=b2, b3=b3)
-    for name, t in dict(named, alpha=alpha, beta=beta).items():
+    shapes = {
+        **dict.fromkeys(('a', 'w1', 'w2'), (c, narrow)),
+        'w3': (c, c),
+        **dict.fromkeys(('b', 'b1', 'b2', 'b3'), (c,)),
+    }
+    optional = ('a', 'b') if a is None else ()
+    optional += ('b1', 'b2', 'b3')
+    for name, t in dict(
+        a=a,
+        b=b,
+        w1=w1,
+        w2=w2,
+        w3=w3,
+        b1=b1,
+        b2=b2,
+        b3=b3,
+        alpha=alpha,
+        beta=beta,
+    ).items():
         if not isinstance(t, Tensor):
-            allowed = (type(None),) if name[0] == 'b' else ()
-            allowed = allowed if name in named else (int, float)
+            allowed = (type(None),) if name in optional else ()
+            allowed = allowed if name in shapes else (int, float)
             if not isinstance(t, allowed):
                 raise ValueError(f'{name} must be a tensor, got {t!r}')
             continue
@@ -460,13 +668,13 @@ def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3):
                 f'{name} has dtype {t.dtype} but x has {x.dtype}; only under '
                 'autocast may they differ'
             )
-        shape = (c, c) if name[0] == 'w' else (c,)
-        if name in named and tuple(t.shape) != shape:
+        shape = shapes.get(name)
+        if shape and tuple(t.shape) != shape:
             raise ValueError(
-                f'{name} must have shape {shape} for x with {c} channels, '
-                f'got {tuple(t.shape)}'
+                f'{name} must have shape {shape} for x with {narrow} '
+                f'channels, got {tuple(t.shape)}'
             )
-        if name not in named and t.numel() != 1:
+        if not shape and t.numel() != 1:
             raise ValueError(
                 f'{name} must have one element, got shape {tuple(t.shape)}'
             )
