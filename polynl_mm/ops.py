@@ -298,10 +298,12 @@ def poly_nl_behind(
         g = _gate(p, _each(p.w1, s), total / n, n)
         if not fold:
             return _apply_gate(_conv(h, a, b), g, p)
-        gain = (p.beta * g).unsqueeze(2)
-        a = p.alpha * a + _each(p.w3, gain * a)
-        b = p.alpha * b + F.linear(gain.squeeze(2) * b, p.w3)
+        gain = p.beta * g
+        b = p.alpha * b + F.linear(gain * b, p.w3)
         b = b if p.b3 is None else b + p.beta * p.b3
+        gated, own = gain.unsqueeze(2) * a, p.alpha * a
+        w3 = p.w3.expand(g.shape[0], *p.w3.shape)
+        a = torch.baddbmm(own.expand_as(gated), w3, gated)
         return (
             _Affine.apply(a, b, h) if _wants_grad(a, h) else _affine(a, b, h)
         )

@@ -19,6 +19,12 @@ Training step: ``mode='loss'`` on 16 boxes with masks and five points each, or
 on a label map, and backward, the optimiser left out. SyncBN is BN; frozen
 stages and ``norm_eval`` are as the config says.
 
+With --fuse, every model that has Poly-NL layers behind a 1x1 convolution
+stands there once more, computing them from the convolution's input
+(polynl_mm.fuse_poly_nl); with --forms, once more in that form, while "auto"
+is what it has otherwise; with --fuse-conv-bn, every model once more with its
+convolutions and BatchNorms made one by mmcv, for the forward only.
+
 FLOPs are those of the forward's products: convolutions, linear layers,
 attention. Each multiply-add is two, while the tables of mmdet and mmseg count
 it as one, so both are given. Normalisation, activations, sampling (RoIAlign)
@@ -38,6 +44,8 @@ import logging
 import os
 import random
 import sys
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -51,14 +59,18 @@ sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 import benchmark_layer as bench
 import numpy as np
 import torch
+from mmcv.cnn import fuse_conv_bn
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from polynl_mm import fuse_poly_nl
 from polynl_mm.engine import launch
 from polynl_mm.engine.launch import StartError
+from polynl_mm.layers import PolyNL
+from polynl_mm.ops import FORMS
 
 MODES = ('forward', 'training')
 OBJECTS = 16
@@ -95,6 +107,28 @@ def parse_args():
         help='what is timed; all if not given',
     )
     parser.add_argument(
+        '--fuse',
+        action='store_true',
+        help='Poly-NL layers behind a 1x1 convolution fused with it, too',
+    )
+    parser.add_argument(
+        '--forms',
+        nargs='+',
+        default=[],
+        choices=FORMS[1:],
+        help='Poly-NL layers in these forms, too',
+    )
+    parser.add_argument(
+        '--fuse-conv-bn',
+        action='store_true',
+        help='convolutions fused with the BatchNorm behind them, too',
+    )
+    parser.add_argument(
+        '--backbone',
+        action='store_true',
+        help='the backbone alone, in place of the whole model; forward only',
+    )
+    parser.add_argument(
         '--no-time',
         action='store_true',
         help='only parameters and FLOPs: quick',
@@ -104,6 +138,8 @@ def parse_args():
     )
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     args = parser.parse_args()
+    if args.backbone:
+        args.modes = MODES[:1]
     if min(args.shape) < 1:
         raise StartError(f'--shape {args.shape}: expected two sizes >= 1')
     if args.turns < 2:
@@ -117,11 +153,28 @@ def parse_args():
     return args
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A config, and what is done to its model; read as its name."""
+
+    config: str
+    form: str | None = None
+    fuse: bool = False
+    conv_bn: bool = False
+
+    def __str__(self) -> str:
+        """Give the name in the table."""
+        steps = [self.form] if self.form else []
+        steps += ['fused'] * self.fuse + ['conv-bn'] * self.conv_bn
+        return self.config + (f' ({", ".join(steps)})' if steps else '')
+
+
 class Contender:
     """A model with its picture and its annotations.
 
     Attributes:
-        model (nn.Module): The model, with weights drawn at random.
+        whole (nn.Module): The model, with weights drawn at random.
+        model (nn.Module): It or a changed copy of it, see :meth:`call`.
         picture (Tensor): (1, 3, H, W), standard normal.
         sample (DetDataSample | SegDataSample): As its pipeline packs it.
 
@@ -130,8 +183,18 @@ class Contender:
             mmseg.
     """
 
-    def __init__(self, config: str, shape: list[int], device: str) -> None:
+    def __init__(
+        self,
+        variant: str | Variant,
+        shape: list[int],
+        device: str,
+        backbone: bool = False,
+    ) -> None:
         """Build the model; nothing is run."""
+        if isinstance(variant, str):
+            variant = Variant(variant)
+        self.variant, config = variant, variant.config
+        self.backbone = backbone
         cfg = launch.read_config(config)
         launch.require(cfg, 'model')
         samples = dict(mmdet=detection_sample, mmseg=segmentation_sample)
@@ -142,7 +205,12 @@ class Contender:
                 'or mmseg'
             )
         torch.manual_seed(0)
-        self.model = build(cfg, host).to(device)
+        self.whole = self.model = build(cfg, host).to(device)
+        if backbone:
+            self.whole = self.model = self.whole.backbone
+        for module in self.whole.modules():
+            if variant.form and isinstance(module, PolyNL):
+                module.form = variant.form
         self.picture = torch.randn(1, 3, *shape).to(device)
         self.sample = samples[host](*shape).to(device)
 
@@ -150,6 +218,8 @@ class Contender:
         """Run the network, see the top of this file."""
         from_rpn = getattr(self.model, 'with_rpn', False)
         with torch.no_grad():
+            if self.backbone:
+                return self.model(self.picture)
             if from_rpn and not overrides_forward(self.model):
                 return self._two_stages()
             return self.model(self.picture, self._samples(), mode='tensor')
@@ -180,7 +250,14 @@ class Contender:
 
         It stands until the next one is asked for.
         """
-        self.model.train(mode == 'training')
+        self.whole.train(mode == 'training')
+        self.model = self.whole
+        if self.variant.fuse:
+            self.model, _ = fuse_poly_nl(
+                deepcopy(self.whole), trainable=mode == 'training'
+            )
+        if self.variant.conv_bn:
+            self.model = fuse_conv_bn(deepcopy(self.model))
         return getattr(self, mode)
 
 
@@ -277,12 +354,12 @@ def flops(f) -> int:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def peak_memory(config: str, args) -> dict:
+def peak_memory(variant: Variant, args) -> dict:
     """Bytes that a call in each mode adds at its peak. Run in a child."""
     logging.disable(logging.INFO)
-    contender = Contender(config, args.shape, args.device)
+    contender = Contender(variant, args.shape, args.device, args.backbone)
     peak = {}
-    for mode in args.modes:
+    for mode in modes_of(variant, args):
         f = contender.call(mode)
         f()
         peak[mode] = bench.added_at_peak(f, args.device)
@@ -312,11 +389,12 @@ def measure(args) -> dict:
         contenders={},
     )
     contenders = {}
-    for name in args.configs:
-        contender = Contender(name, args.shape, args.device)
+    for variant in variants(args):
+        name = str(variant)
+        contender = Contender(variant, args.shape, args.device, args.backbone)
         count = flops(contender.call('forward'))
         row['contenders'][name] = dict(
-            parameters=sum(p.numel() for p in contender.model.parameters()),
+            parameters=sum(p.numel() for p in contender.whole.parameters()),
             multiply_adds=count // 2,
             flops=count,
         )
@@ -325,17 +403,46 @@ def measure(args) -> dict:
     if args.no_time:
         return row
     for mode in args.modes:
-        times = take_turns(contenders, mode, args.turns, args.device)
+        able = {
+            name: contender
+            for name, contender in contenders.items()
+            if mode in modes_of(contender.variant, args)
+        }
+        times = take_turns(able, mode, args.turns, args.device)
         for name, seconds in times.items():
-            row['contenders'][name][mode] = seconds
+            case = row['contenders'][name]
+            case[mode] = seconds
+            case.setdefault('relative', {})
+            case['relative'][mode] = bench.relative(
+                row, name, mode, row['unit']
+            )
     with bench.one_process_each() as pool:
-        for name, case in row['contenders'].items():
-            case['relative'] = {
-                mode: bench.relative(row, name, mode, row['unit'])
-                for mode in args.modes
-            }
-            case['peak_bytes'] = pool.apply(peak_memory, (name, args))
+        for name, contender in contenders.items():
+            row['contenders'][name]['peak_bytes'] = pool.apply(
+                peak_memory, (contender.variant, args)
+            )
     return row
+
+
+def variants(args) -> list[Variant]:
+    """All that are compared: a layer is changed only where there is one."""
+    found = []
+    for config in args.configs:
+        found.append(Variant(config))
+        model = Contender(config, args.shape, 'cpu', args.backbone).whole
+        if any(isinstance(module, PolyNL) for module in model.modules()):
+            found += [Variant(config, form=form) for form in args.forms]
+        model.eval()
+        if args.fuse and fuse_poly_nl(model)[1].fused:
+            found.append(Variant(config, fuse=True))
+    if args.fuse_conv_bn:
+        found += [replace(variant, conv_bn=True) for variant in found]
+    return found
+
+
+def modes_of(variant: Variant, args) -> list[str]:
+    """Without its BatchNorms a model can not be trained."""
+    return [m for m in args.modes if m == 'forward' or not variant.conv_bn]
 
 
 def table(row: dict) -> str:
@@ -346,12 +453,15 @@ def table(row: dict) -> str:
     lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
     for name, case in row['contenders'].items():
         cells = [
-            Path(name).stem,
+            Path(name).name.replace('.py', ''),
             f'{case["parameters"] / 1e6:.2f}',
             f'{case["multiply_adds"] / 1e9:.2f}',
             f'{case["flops"] / 1e9:.2f}',
         ]
         for mode in row['modes']:
+            if mode not in case:
+                cells += [''] * 3
+                continue
             value, half = bench.seconds(row, name, mode)
             cells.append(f'{value * 1e3:.4g} ± {half * 1e3:.2g}')
             value, half = case['relative'][mode]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -9,7 +11,8 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
 
-from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
+from polynl_mm.fusion import fuse_poly_nl
+from polynl_mm.layers import PolyNL
 from polynl_mm.registry import HOOKS
 
 
@@ -28,18 +31,55 @@ class PolyNLHook(Hook):
     and with it what torch's safe loader needs to know of mmengine's
     checkpoints (:mod:`polynl_mm.engine.checkpoint`).
 
+    It can also have the layers computed from the input of the 1x1 convolution
+    before them, where there is one (:func:`polynl_mm.fuse_poly_nl`): the same
+    function, faster.
+
     Args:
         interval (int): Iterations between two logs.
+        fuse_train (bool): Fuse for the training, in which parameters and
+            checkpoints stay what they are. Only for layers behind a BatchNorm
+            that the training does not update (``norm_eval=True``).
+        fuse_test (bool): Fuse a copy of the model for each test.
     """
 
+    # Behind EMAHook, which puts other weights into the model for a test.
     priority = 'VERY_LOW'
 
-    def __init__(self, interval: int = 50) -> None:
-        """Take the interval; see the class."""
+    def __init__(
+        self,
+        interval: int = 50,
+        fuse_train: bool = False,
+        fuse_test: bool = False,
+    ) -> None:
+        """Take the arguments; see the class."""
         self.interval = interval
+        self.fuse_train = fuse_train
+        self.fuse_test = fuse_test
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Put a fused copy of the model in its place."""
+        if not self.fuse_test:
+            return
+        self._whole = runner.model
+        # A copy: hooks that exchange weights count on the model as it is.
+        model = deepcopy(_unwrapped(runner.model))
+        model.eval()
+        runner.model, report = fuse_poly_nl(model)
+        runner.logger.info(report)
+
+    def after_test_epoch(self, runner: Runner, metrics=None) -> None:
+        """Put the model itself back."""
+        if self.fuse_test:
+            runner.model = self._whole
 
     def before_train(self, runner: Runner) -> None:
-        """Look at the optimiser and at what is frozen."""
+        """Look at the optimiser and at what is frozen; fuse."""
+        if self.fuse_train:
+            # As the loop is about to: hosts freeze in it what they freeze.
+            runner.model.train()
+            model = _unwrapped(runner.model)
+            runner.logger.info(fuse_poly_nl(model, trainable=True)[1])
         layers = _layers(runner.model)
         decaying = _decaying(runner.optim_wrapper, layers)
         if decaying:
@@ -80,13 +120,15 @@ class PolyNLHook(Hook):
             )
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
+
+
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    if is_model_wrapper(model):
-        model = model.module
     return {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (PolyNL1d, PolyNL2d, PolyNL3d))
+        for name, module in _unwrapped(model).named_modules()
+        if isinstance(module, PolyNL)
     }
 
 

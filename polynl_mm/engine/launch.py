@@ -463,7 +463,7 @@ def _misfits(cfg: Config, state_dict: dict) -> list[str]:
     except RuntimeError as error:
         reshaped = re.findall(r'size mismatch for (\S+):', str(error))
         if not reshaped:
-            raise
+            return [str(error)]
         for key in reshaped:
             state_dict.pop(key)
         keys = model.load_state_dict(state_dict, strict=False)

@@ -139,6 +139,7 @@ def refuse(cost, capsys):
 
 def test_counted_by_hand(cost):
     row, printed = cost('tiny.py', '--shape', 16, 24, '--no-time')
+    assert row['modes'] == []
     # Three convolutions, each giving 8 x 12 positions: 3 x 3 from 3 to 5
     # channels, 3 x 3 from 5 to 7 without a bias, 1 x 1 from 7 to 2.
     products = 27 * 5 + 45 * 7 + 7 * 2
@@ -180,6 +181,61 @@ def test_one_mode_only(here, start_here):
     assert len(case['forward']) == 2 and 'training' not in case
     assert list(case['peak_bytes']) == list(case['relative']) == ['forward']
     assert 'forward, ms' in out and 'training' not in out
+
+
+FUSABLE = """
+_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+model = dict(backbone=dict(
+    base_channels=4, init_cfg=None,
+    plugins=[dict(cfg=dict(type='polynl_mm.PolyNL2d'),
+                  stages=(False, False, True, False),
+                  position='after_conv3')]))
+"""
+
+
+def test_variants_of_a_backbone(here, start_here):
+    (here / 'fusable.py').write_text(FUSABLE)
+    out = start_here(
+        *('tiny.py', 'fusable.py', '--shape', 64, 64, '--turns', 2),
+        *('--backbone', '--fuse', '--forms', 'direct', '--fuse-conv-bn'),
+    )
+    cases = json.loads((here / 'out.json').read_text())['contenders']
+    names = ['fusable.py', 'fusable.py (direct)', 'fusable.py (fused)']
+    assert list(cases) == [
+        *('tiny.py', *names, 'tiny.py (conv-bn)', 'fusable.py (conv-bn)'),
+        *('fusable.py (direct, conv-bn)', 'fusable.py (fused, conv-bn)'),
+    ]
+    for case in cases.values():
+        assert list(case['relative']) == ['forward'] and case['peak_bytes']
+    plain, direct, fused = (cases[name] for name in names)
+    assert plain['parameters'] == direct['parameters'] == fused['parameters']
+    # Six blocks, 4 x 4 positions, 64 channels behind 16: second moment, gate
+    # (of the mean, too), and W3 on the convolution's weight and shift,
+    # instead of three products of N C^2.
+    n, c, wide = 16, 16, 64
+    less = 3 * n * wide**2 - n * c**2 - wide * c**2 - wide**2 * c
+    less -= 2 * wide * c + wide**2
+    assert direct['multiply_adds'] - fused['multiply_adds'] == 6 * less
+    assert '| fusable (fused, conv-bn) |' in out
+
+
+def test_a_step_of_training_fused(tool, here):
+    (here / 'fusable.py').write_text(FUSABLE)
+    logging.disable(logging.INFO)
+    variant = tool['Variant']('fusable.py', fuse=True)
+    contender = tool['Contender'](variant, [64, 64], 'cpu')
+    contender.call('training')()
+    layer = contender.model.backbone.layer3[0]
+    assert layer.poly_nl.w1.weight.requires_grad
+    x = torch.randn(1, 16, 4, 4)
+    assert layer.conv3(x) is x
+    contender.call('forward')()
+    assert isinstance(
+        contender.model.backbone.layer3[0].conv3, torch.nn.Identity
+    )
+    assert isinstance(
+        contender.whole.backbone.layer3[0].conv3, torch.nn.Conv2d
+    )
 
 
 def test_fused_attention_is_counted(tool):
