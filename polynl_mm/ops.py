@@ -285,7 +285,7 @@ def poly_nl_behind(
         ValueError: If a shape or a dtype is not as stated.
         RuntimeError: On double backward, which is not implemented.
     """
-    h, p = _prepare(h, w1, w2, w3, alpha, beta, b1, b2, b3, a, b)
+    h, p = _prepare(h, w1, w2, w3, alpha, beta, b1, b2, b3, a=a, b=b)
     a, b = a.to(p.dtype), b.to(p.dtype)
     if fold is None:
         n, c = math.prod(h.shape[2:]), h.shape[1]
@@ -608,9 +608,12 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3, a=None, b=None):
-    """Check the arguments; bring them to the dtypes to compute in."""
-    _check(x, w1, w2, w3, alpha, beta, b1, b2, b3, a, b)
+def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3, **conv):
+    """Check the arguments; bring them to the dtypes to compute in.
+
+    ``conv`` are a and b where x is what the convolution before is given.
+    """
+    _check(x, w1, w2, w3, alpha, beta, b1, b2, b3, **conv)
     x = x.to(autocast_dtype(x))
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
     if (b1 is None) != (b2 is None):
@@ -629,7 +632,7 @@ def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3, a=None, b=None):
     )
 
 
-def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3, a, b):
+def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3, **conv):
     if not 3 <= x.dim() <= 5 or 0 in x.shape[1:]:
         raise ValueError(
             'x must have shape (B, C, *spatial) with one to three spatial '
@@ -638,6 +641,7 @@ def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3, a, b):
     if x.dtype not in (*_HALF, torch.float32, torch.float64):
         raise ValueError(f'x must be floating point, got {x.dtype}')
     narrow = x.shape[1]
+    a = conv.get('a')
     c = len(a) if isinstance(a, Tensor) and a.dim() else narrow
     autocast = _is_autocast_on(x.device.type)
     shapes = {
@@ -645,11 +649,9 @@ def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3, a, b):
         'w3': (c, c),
         **dict.fromkeys(('b', 'b1', 'b2', 'b3'), (c,)),
     }
-    optional = ('a', 'b') if a is None else ()
-    optional += ('b1', 'b2', 'b3')
+    optional = ('b3',) if conv else ('b1', 'b2', 'b3')
     for name, t in dict(
-        a=a,
-        b=b,
+        **conv,
         w1=w1,
         w2=w2,
         w3=w3,

@@ -9,7 +9,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from polynl_mm import ops
-from polynl_mm.ops import choose_form, poly_nl, poly_nl_direct, poly_nl_gram
+from polynl_mm.ops import (
+    choose_form,
+    poly_nl,
+    poly_nl_behind,
+    poly_nl_direct,
+    poly_nl_gram,
+    project,
+)
 
 FORMS = {'direct': poly_nl_direct, 'gram': poly_nl_gram}
 NAMES = ('x', 'w1', 'w2', 'w3', 'alpha', 'beta', 'b1', 'b2', 'b3')
@@ -502,3 +509,293 @@ def test_bad_input_is_named(change, message):
     inputs = dict(zip(NAMES, make_inputs((2, 5, 3), bias=True)))
     with pytest.raises(ValueError, match=message):
         poly_nl(**{**inputs, **change})
+
+
+# ------------------------------------------------- behind a 1x1 convolution
+
+BEHIND = ('h', 'a', 'b', 'w1', 'w2', 'w3', 'alpha', 'beta', 'b1', 'b2', 'b3')
+each_way = pytest.mark.parametrize('fold', [False, True])
+
+
+def make_pair(shape, c, bias=False, dtype=torch.float64, seed=0):
+    """h, a, b of the convolution, then what make_inputs has after x."""
+    gen = torch.Generator().manual_seed(seed)
+    h, a, b = (
+        torch.randn(size, generator=gen, dtype=torch.float64)
+        for size in (shape, (c, shape[1]), (c,))
+    )
+    h, a = h + 0.5, a / math.sqrt(shape[1])
+    inputs = [h, a, b, *make_inputs((1, c, 1), bias, seed=seed + 1)[1:]]
+    with torch.no_grad():  # the branch as large as the rest
+        y, x = after_conv(*inputs), after_conv(*inputs[:6], 1.0, 0.0)
+        inputs[7] *= 1 if not y.numel() else x.norm() / (y - 0.7 * x).norm()
+    return [
+        t if t is None else t.detach().to(dtype).requires_grad_()
+        for t in inputs
+    ]
+
+
+def behind(h, a, b, w1, w2, w3, alpha, beta, b1=None, b2=None, b3=None, **kw):
+    w1, w2, b1, b2 = project(a, b, w1, w2, b1, b2)
+    return poly_nl_behind(h, a, b, w1, w2, w3, alpha, beta, b1, b2, b3, **kw)
+
+
+def after_conv(h, a, b, *params):
+    """The slow way round: the convolution, then the layer."""
+    x = torch.einsum('oi,bin->bon', a, h.flatten(2)) + b[:, None]
+    return poly_nl_direct(x.unflatten(2, h.shape[2:]), *params)
+
+
+def behind_gradients(y, inputs, dy):
+    named = {k: t for k, t in zip(BEHIND, inputs) if t is not None}
+    grads = torch.autograd.grad(y, list(named.values()), dy, allow_unused=True)
+    return {
+        k: torch.zeros_like(t) if g is None else g
+        for (k, t), g in zip(named.items(), grads)
+    }
+
+
+@each_way
+@pytest.mark.parametrize('bias', [False, True], ids=['no bias', 'bias'])
+@pytest.mark.parametrize(
+    'shape, c',
+    [
+        pytest.param((3, 4, 2), 9, id='N<c'),
+        pytest.param((1, 4, 11), 9, id='B=1'),
+        pytest.param((3, 4, 5, 3), 9, id='2d'),
+        pytest.param((3, 7, 5, 3), 3, id='C<c'),
+        pytest.param((1, 4, 2, 3, 5), 9, id='3d'),
+        pytest.param((0, 4, 3, 3), 9, id='B=0'),
+        pytest.param((2, 1, 5), 1, id='C=c=1'),
+    ],
+)
+def test_behind_a_convolution(shape, c, bias, fold):
+    inputs = make_pair(shape, c, bias)
+    truth = after_conv(*inputs)
+    y = behind(*inputs, fold=fold)
+    assert_near(y, truth, 1e-12)
+    if truth.numel():
+        branch = truth - inputs[6] * after_conv(*inputs[:6], 1.0, 0.0)
+        assert branch.norm() > truth.norm() / 10
+    dy = torch.randn_like(truth)
+    wants = behind_gradients(truth, inputs, dy)
+    gots = behind_gradients(y, inputs, dy)
+    assert gots.keys() == wants.keys()
+    for name, want in wants.items():
+        assert_near(gots[name], want, 1e-11, name)
+    with torch.no_grad():
+        assert_near(behind(*inputs, fold=fold), truth, 1e-12, 'no_grad')
+        floats = [None if t is None else t.float() for t in inputs]
+        assert_near(behind(*floats, fold=fold), truth, 1e-5, 'float32')
+
+
+def test_behind_a_convolution_by_loops():
+    """Against the loops: what the truth above is built on."""
+    inputs = make_pair((2, 4, 3, 2), 5, bias=True)
+    h, a, b, *params = inputs
+    x = torch.stack(
+        [
+            torch.stack([a @ v + b for v in image.flatten(1).T], 1)
+            for image in h
+        ]
+    )
+    truth = poly_nl_loop(x, *params)
+    for fold in (False, True, None):
+        assert_near(
+            behind(*inputs, fold=fold), truth.unflatten(2, (3, 2)), 1e-12
+        )
+
+
+@each_way
+@pytest.mark.parametrize('given', [(8,), (9,), (10,), (8, 10)])
+def test_behind_with_some_biases(given, fold):
+    inputs = make_pair((2, 4, 3, 2), 5, bias=True)
+    inputs = [t if i < 8 or i in given else None for i, t in enumerate(inputs)]
+    assert_near(behind(*inputs, fold=fold), after_conv(*inputs), 1e-12)
+
+
+@each_way
+@pytest.mark.parametrize('bias', [False, True])
+def test_behind_gradcheck(bias, fold):
+    inputs = [t for t in make_pair((2, 2, 3), 3, bias) if t is not None]
+    assert torch.autograd.gradcheck(
+        lambda *args: behind(*args, fold=fold), inputs
+    )
+
+
+@pytest.mark.parametrize('wanted', BEHIND)
+@each_way
+def test_behind_frozen_inputs(wanted, fold):
+    inputs = make_pair((2, 4, 5, 3), 6, bias=True)
+    truth = after_conv(*inputs)
+    dy = torch.randn_like(truth)
+    want = behind_gradients(truth, inputs, dy)[wanted]
+    frozen = [
+        t.detach().requires_grad_(k == wanted) for k, t in zip(BEHIND, inputs)
+    ]
+    behind(*frozen, fold=fold).backward(dy)
+    for name, t in zip(BEHIND, frozen):
+        if name == wanted:
+            assert_near(t.grad, want, 1e-11, name)
+        else:
+            assert t.grad is None
+
+
+def test_behind_takes_the_cheaper_way():
+    """By the multiply-adds; both ways, with N and c exchanged."""
+    c, wide = 8, 24
+
+    def macs(n, fold):
+        inputs = make_pair((1, c, n), wide)
+        h, a, b, w1, w2, *rest = [
+            t if t is None else t.detach() for t in inputs
+        ]
+        w1, w2, b1, b2 = project(a, b, w1, w2)
+        args = (h, a, b, w1, w2, *rest[:3], b1, b2)
+        return count_flops(lambda: poly_nl_behind(*args, fold=fold))[0] // 2
+
+    for n in (2, 7, 8, 9, 40):
+        folded, output = macs(n, True), macs(n, False)
+        gate = n * c**2 + wide * c**2
+        vectors = 4 * wide * c + wide**2
+        assert abs(folded - gate - wide**2 * c - n * c * wide) <= vectors
+        assert abs(output - gate - n * wide**2 - n * c * wide) <= vectors
+        assert macs(n, None) == (folded if n >= c else output)
+
+
+@each_way
+@pytest.mark.parametrize('grads', [False, True])
+def test_behind_keeps_channels_last(grads, fold):
+    inputs = make_pair((2, 4, 5, 3), 6, bias=True)
+    truth = after_conv(*inputs)
+    h = strided('channels_last', inputs[0].detach())
+    inputs[0] = h.requires_grad_(grads)
+    with torch.set_grad_enabled(grads):
+        y = behind(*inputs, fold=fold)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_near(y, truth, 1e-12)
+    if grads:
+        dy = torch.randn_like(y)
+        wants = behind_gradients(after_conv(*inputs), inputs, dy)
+        for name, got in behind_gradients(y, inputs, dy).items():
+            assert_near(got, wants[name], 1e-11, name)
+
+
+@each_way
+def test_behind_result_may_be_changed_in_place(fold):
+    inputs = make_pair((2, 4, 5, 3), 6, bias=True)
+
+    def run(*args):
+        return behind(*args, fold=fold)
+
+    dy = torch.randn(2, 6, 5, 3, dtype=torch.float64)
+    wants = behind_gradients(after_conv(*inputs) * 3 + 1, inputs, dy)
+    y = run(*inputs)
+    assert not y._is_view()
+    y *= 3
+    y += 1
+    for name, got in behind_gradients(y, inputs, dy).items():
+        assert_near(got, wants[name], 1e-11, name)
+    y = checkpoint(run, *inputs, use_reentrant=True)
+    y *= 3
+    y += 1
+    y.backward(dy)
+    for name, t in zip(BEHIND, inputs):
+        assert_near(t.grad, wants[name], 1e-11, name)
+    with torch.no_grad():
+        assert not run(*inputs)._is_view()
+
+
+@each_way
+@pytest.mark.parametrize('dtype', HALF_TOLERANCE, ids=str)
+def test_behind_under_autocast(dtype, fold):
+    """Of magnitude 300, where the product of projections exceeds float16."""
+    if OLD_TORCH:
+        pytest.skip('this torch has no float16 on a CPU')
+    inputs = make_pair((2, 8, 20, 20), 24, bias=True)
+    scales = dict(h=300, b=300, beta=2e-5)
+    inputs = [
+        (t.detach() * scales.get(k, 1)).to(dtype).float()
+        for k, t in zip(BEHIND, inputs)
+    ]
+    truth = after_conv(*[t.double() for t in inputs])
+    x = torch.einsum('oi,bihw->bohw', inputs[1], inputs[0])
+    x = x + inputs[2].view(-1, 1, 1)
+    u, v = (torch.einsum('oi,bihw->bohw', w, x) for w in inputs[3:5])
+    assert (u * v).abs().max() > 65504
+    assert (truth - inputs[6] * x).norm() > truth.norm() / 10
+    params = [t.requires_grad_() for t in inputs[1:]]
+    # What comes may already be of low precision, as a layer before left it.
+    for h in (inputs[0], inputs[0].to(dtype)):
+        h = h.requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16):
+            y = behind(h, *params, fold=fold)
+        assert y.dtype == torch.bfloat16
+        assert_near(y, truth, 2 * HALF_TOLERANCE[torch.bfloat16])
+        y.float().mean().backward()
+        assert h.grad.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in params)
+
+
+@each_way
+@pytest.mark.parametrize('dtype', HALF_TOLERANCE, ids=str)
+def test_behind_in_low_precision(dtype, fold):
+    """The parameters low, too, as model.half() makes them."""
+    if OLD_TORCH:
+        pytest.skip('this torch has no float16 on a CPU')
+    h, a, b, w1, w2, w3, alpha, beta, b1, b2, b3 = make_pair(
+        (2, 8, 20, 20), 24, bias=True
+    )
+    w1, w2, b1, b2 = project(a, b, w1, w2, b1, b2)
+    # The gate is square in h: x within float16, u v beyond.
+    args = [h * 300, a, b * 300, w1, w2, w3, alpha, beta * 2e-5]
+    args += [b1 * 300, b2 * 300, b3]
+    args = [t.detach().to(dtype) for t in args]
+    truth = poly_nl_behind(*[t.double() for t in args], fold=fold)
+    x = torch.einsum('oi,bihw->bohw', args[1].double(), args[0].double())
+    x = x + args[2].double().view(-1, 1, 1)
+    assert (truth - args[6] * x).norm() > truth.norm() / 10
+    y = poly_nl_behind(*args, fold=fold)
+    assert y.dtype == dtype
+    assert_near(y, truth, HALF_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('wanted', [('h',), ('w3',)])
+def test_behind_has_no_second_derivative(wanted):
+    inputs = [
+        t if t is None else t.detach().requires_grad_(k in wanted)
+        for k, t in zip(BEHIND, make_pair((2, 2, 5), 3))
+    ]
+    y = behind(*inputs, fold=True)
+    inputs = [t for t in inputs if t is not None and t.requires_grad]
+    with pytest.raises(RuntimeError, match='second derivative'):
+        torch.autograd.grad(y.sum(), inputs, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(h=torch.ones(2, 4)), r'\(B, C, \*spatial\).*\(2, 4\)'),
+        (dict(h=torch.ones(2, 3, 2).double()), r'^a .*\(5, 3\).*\(5, 4\)'),
+        (dict(a=torch.ones(5).double()), r'^a .*\(5, 4\).*\(5,\)'),
+        (dict(a=None), '^a must be a tensor, got None'),
+        (dict(b=torch.ones(4).double()), r'^b .*\(5,\).*\(4,\)'),
+        (dict(b=None), '^b must be a tensor, got None'),
+        (dict(w1=torch.ones(5, 5).double()), r'^w1 .*\(5, 4\).*\(5, 5\)'),
+        (dict(w2=torch.ones(4, 4).double()), r'^w2 .*\(5, 4\).*\(4, 4\)'),
+        (dict(w3=torch.ones(5, 4).double()), r'^w3 .*\(5, 5\).*\(5, 4\)'),
+        (dict(b1=torch.ones(4).double()), r'^b1 .*\(5,\).*\(4,\)'),
+        (dict(b1=None), '^b1 must be a tensor, got None'),
+        (dict(b2=None), '^b2 must be a tensor, got None'),
+        (dict(b3=torch.ones(4).double()), r'^b3 .*\(5,\).*\(4,\)'),
+        (dict(beta=torch.ones(5).double()), r'^beta .*one element.*\(5,\)'),
+        (dict(a=torch.ones(5, 4)), '^a has dtype torch.float32 .*float64'),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else '',
+)
+def test_behind_bad_input_is_named(change, message):
+    h, a, b, w1, w2, w3, alpha, beta, b1, b2, b3 = make_pair((2, 4, 3), 5)
+    w1, w2, b1, b2 = project(a, b, w1, w2)
+    args = (h, a, b, w1, w2, w3, alpha, beta, b1, b2, b3)
+    with pytest.raises(ValueError, match=message):
+        poly_nl_behind(**{**dict(zip(BEHIND, args)), **change})
