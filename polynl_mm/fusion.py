@@ -204,8 +204,11 @@ class _FromInput:
             or getattr(norm, 'training', False)
             or conv.weight.dtype in (torch.float16, torch.bfloat16)
         ):
-            x = type(conv).forward(conv, h)
+            # A 1d layer after a 2d convolution is given (B, c, N).
+            ones = (1,) * (len(conv.kernel_size) + 2 - h.dim())
+            x = type(conv).forward(conv, h.reshape(*h.shape, *ones))
             x = x if norm is None else type(norm).forward(norm, x)
+            x = x.reshape(*x.shape[:2], *h.shape[2:])
             return type(layer).forward(layer, x)
         w1, w2, w3, b1, b2, b3 = layer.matrices()
         with no_autocast(h):
@@ -252,7 +255,7 @@ def _as_affine(
     a = conv.weight.flatten(1).to(dtype)
     b = conv.bias
     b = a.new_zeros(len(a)) if b is None else b.to(dtype)
-    if norm is None:
+    if not isinstance(norm, _BatchNorm):  # none, or fuse_conv_bn was here
         return a, b
     scale = torch.rsqrt(norm.running_var.to(a.dtype) + norm.eps)
     if norm.weight is not None:
@@ -326,6 +329,8 @@ class _Modules:
     def end(self, module: nn.Module) -> tuple[_Site, _Site | None]:
         """Where the convolution and the norm stand that end a module."""
         if isinstance(module, _ConvNd):
+            if module not in self.places:
+                raise _Left('the convolution is the model itself')
             return self.places[module][0], None
         if type(module).forward is not ConvModule.forward:
             raise _Left(
@@ -338,8 +343,6 @@ class _Modules:
         ]
         if order not in (['conv'], ['conv', 'norm']):
             raise _Left(f'it follows {" -> ".join(order)}')
-        if module.efficient_conv_bn_eval_forward is not None:
-            raise _Left('efficient_conv_bn_eval computes the convolution')
         if len(order) == 1:
             return _Site(module, 'conv'), None
         return _Site(module, 'conv'), _Site(module, module.norm_name)
@@ -354,10 +357,19 @@ class _Modules:
         _check_conv(conv.get())
         if norm:
             _check_norm(norm.get())
-        for place in filter(None, (site, conv, norm)):
-            module = place.get()
-            what = f'{place.name!r} ({type(module).__name__})'
-            if len(self.places[module]) > 1:
+        parts = [place.get() for place in (site, conv, norm) if place]
+        if isinstance(conv.owner, ConvModule):
+            if conv.owner.efficient_conv_bn_eval_forward is not None:
+                raise _Left('efficient_conv_bn_eval computes the convolution')
+            if conv.get() is not site.owner:  # it is between, too
+                parts.append(conv.owner)
+        for module in parts:
+            path = self.paths[module]
+            what = f'{path!r} ({type(module).__name__})'
+            places = self.places.get(module, ())
+            # A layer in a module that is shared runs wherever that does.
+            follows = module is site.owner and module is conv.owner
+            if len(places) > 1 and not follows:
                 raise _Left(f'{what} is used elsewhere, too')
             own_hooks = len(inserted_after(module))
             if len(module._forward_hooks) > own_hooks or (
