@@ -65,6 +65,14 @@ model = dict(
         bbox_head=dict(in_channels=16, fc_out_channels=32),
         mask_head=dict(in_channels=16, conv_out_channels=16)))
 """
+FUSABLE = """
+_base_ = 'two_stages.py'
+model = dict(backbone=dict(
+    init_cfg=None,
+    plugins=[dict(cfg=dict(type='polynl_mm.PolyNL2d'),
+                  stages=(False, False, True, False),
+                  position='after_conv3')]))
+"""
 
 
 @pytest.fixture
@@ -78,6 +86,7 @@ def here(tmp_path, monkeypatch, place):
     (tmp_path / 'wide.py').write_text(WIDE)
     (tmp_path / 'det.py').write_text((place / 'det.py').read_text())
     (tmp_path / 'two_stages.py').write_text(TWO_STAGES)
+    (tmp_path / 'fusable.py').write_text(FUSABLE)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path
@@ -183,18 +192,7 @@ def test_one_mode_only(here, start_here):
     assert 'forward, ms' in out and 'training' not in out
 
 
-FUSABLE = """
-_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
-model = dict(backbone=dict(
-    base_channels=4, init_cfg=None,
-    plugins=[dict(cfg=dict(type='polynl_mm.PolyNL2d'),
-                  stages=(False, False, True, False),
-                  position='after_conv3')]))
-"""
-
-
 def test_variants_of_a_backbone(here, start_here):
-    (here / 'fusable.py').write_text(FUSABLE)
     out = start_here(
         *('tiny.py', 'fusable.py', '--shape', 64, 64, '--turns', 2),
         *('--backbone', '--fuse', '--forms', 'direct', '--fuse-conv-bn'),
@@ -220,7 +218,6 @@ def test_variants_of_a_backbone(here, start_here):
 
 
 def test_a_step_of_training_fused(tool, here):
-    (here / 'fusable.py').write_text(FUSABLE)
     logging.disable(logging.INFO)
     variant = tool['Variant']('fusable.py', fuse=True)
     contender = tool['Contender'](variant, [64, 64], 'cpu')
