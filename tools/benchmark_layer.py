@@ -229,13 +229,16 @@ def _status(key: str) -> int:
     raise RuntimeError(f'/proc/self/status has no {key}')
 
 
-def one_process_each():
-    """Pool that runs every task in a fresh process, for its peak memory."""
+def one_process_each(*preload: str):
+    """Pool that runs every task in a fresh process, for its peak memory.
+
+    Modules of these names are there already when it starts.
+    """
     # Large blocks go back to the system when freed, so that the level before
     # a step holds nothing of the warm-up. Read at the start of a process.
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['torch'])
+    context.set_forkserver_preload(['torch', *preload])
     return context.Pool(1, maxtasksperchild=1)
 
 

@@ -416,7 +416,7 @@ def measure(args) -> dict:
             case['relative'][mode] = bench.relative(
                 row, name, mode, row['unit']
             )
-    with bench.one_process_each() as pool:
+    with bench.one_process_each('mmdet.models', 'mmseg.models') as pool:
         for name, contender in contenders.items():
             row['contenders'][name]['peak_bytes'] = pool.apply(
                 peak_memory, (contender.variant, args)

@@ -1,0 +1,140 @@
+"""The studies run, and compare what they say they compare."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('mmcv')
+pytest.importorskip('matplotlib')
+
+SCALING = Path(__file__).parents[1] / 'projects' / 'scaling' / 'scaling.py'
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    return runpy.run_path(str(SCALING))
+
+
+def rivals(scaling, *names):
+    torch.manual_seed(0)
+    blocks = [scaling['BLOCKS'][name](16).eval() for name in names]
+    for p in blocks[0].parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    for block in blocks:
+        block.load_state_dict(blocks[0].state_dict())
+    return blocks
+
+
+def test_attention_without_its_matrix_is_nonlocal2d(scaling):
+    plain, sdpa = rivals(scaling, 'NonLocal2d', 'NonLocal2d, SDPA')
+    x = torch.randn(2, 16, 5, 3)
+    with torch.no_grad():
+        y = plain(x)
+        torch.testing.assert_close(sdpa(x), y)
+    assert (y - x).abs().max() > 0.1
+
+
+def test_efficient_attention(scaling):
+    (block,) = rivals(scaling, 'efficient attention')
+    x = torch.randn(1, 16, 3, 2)
+    with torch.no_grad():
+        q, k, v = (
+            conv(x).reshape(8, 6) for conv in (block.theta, block.phi, block.g)
+        )
+        expected = torch.zeros(8, 6)
+        for i in range(6):
+            for j in range(6):
+                weights = [
+                    q[:, i].exp()[d]
+                    / q[:, i].exp().sum()
+                    * (k[d, j].exp() / k[d].exp().sum())
+                    for d in range(8)
+                ]
+                expected[:, i] += sum(weights) * v[:, j]
+        expected = x + block.conv_out(expected.reshape(1, 8, 3, 2))
+        torch.testing.assert_close(block(x), expected)
+
+
+def test_operations(scaling):
+    def count(name, c, n, mode='forward'):
+        args = SimpleNamespace(device='cpu', dtype='float32')
+        return scaling['count'](name, c, n, mode, args)
+
+    c, n = 32, 64
+    base = 2 * n * c * c // 4
+    assert count('no block', c, n) == base
+    assert count('Poly-NL, direct', c, n) == base + 2 * 3 * n * c**2
+    # Beyond what fits: four projections to half the channels, two products.
+    for n in (1024, 2**18):
+        expected = 2 * n * c * c // 4 + 2 * (4 * n * c * c // 2)
+        expected += 2 * 2 * n**2 * c // 2
+        assert count('NonLocal2d, SDPA', c, n) == expected
+    bench = sys.modules['benchmark_layer']
+    args = SimpleNamespace(device='cpu', dtype='float32')
+    call = scaling['make_call']('NonLocal2d', c, 1024, 'training', args)
+    assert count('NonLocal2d', c, 1024, 'training') == bench.flops(call)
+
+
+def test_layers_of_small_sizes(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCALING), '--out', str(tmp_path)]
+        + ['--positions', '64', '256', '--channels', '32', '64']
+        + ['--seconds', '0.01', '--parts', 'layers'],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    cases = json.loads((tmp_path / 'layers.json').read_text())['cases']
+    sizes = [(case['c'], case['n'], case['mode']) for case in cases]
+    assert sizes == [
+        (c, n, mode)
+        for c, n in ((32, 64), (32, 256), (64, 64))
+        for mode in ('forward', 'training')
+    ]
+    for case in cases:
+        assert len(case['contenders']) == 8
+        for figures in case['contenders'].values():
+            assert figures['seconds'][0] > 0 and figures['flops'] > 0
+        assert case['contenders']['no block']['relative'] == [1, 0]
+    assert 'forward: GFLOP/s' in done.stdout
+    assert '| 64 | 64 |' in done.stdout
+    for axis in 'nc':
+        picture = (tmp_path / f'against_{axis}.svg').read_text()
+        assert 'Poly-NL, fused' in picture
+
+
+def test_bars_by_placement(scaling, tmp_path):
+    row = dict(
+        contenders={
+            scaling['COCO'].format(config) + variant: dict(
+                relative=dict(forward=[value, 0.01])
+            )
+            for config, variant, value in (
+                ('plain', '', 1),
+                ('polynl-c4', '', 1.375),
+                ('polynl-c4', ' (fused)', 1.125),
+                ('polynl-c4', ' (fused, conv-bn)', 0.875),
+                ('gc-res4', '', 1.25),
+            )
+        }
+    )
+    for shape in ('512x512', '800x1344'):
+        path = tmp_path / f'backbone_{shape}.json'
+        path.write_text(json.dumps(row))
+    scaling['draw_models'](tmp_path, tmp_path / 'bars.svg')
+    picture = (tmp_path / 'bars.svg').read_text()
+    for text in (
+        *('every block of c4: Poly-NL, fused', 'end of res4: ContextBlock'),
+        *('1.38', '1.12', '1.25'),
+    ):
+        assert picture.count(text), text
+    assert '0.88' not in picture and '0.87' not in picture
