@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from polynl_mm import fuse_poly_nl
 from polynl_mm.layers import PolyNL2d
+from polynl_mm.ops import poly_nl_behind
 
 UNIT = 'no block'
 FUSED = 'Poly-NL, fused'
@@ -225,6 +226,42 @@ def measure_layers(args) -> None:
             (args.out / 'layers.json').write_text(json.dumps(result, indent=1))
 
 
+def choice_calls(c: int, n: int, args, round_: int) -> dict:
+    """The fused form with its weights folded or not, and as it chooses."""
+    offset = 16 * (1 + 11 * round_)
+    h, _ = bench.make_input(c // 4, n, args.device, offset)
+    fused = build(FUSED, c, 'forward', args.device)[-1]
+    buffers = dict(fused.named_buffers())
+
+    def call(fold):
+        with torch.no_grad():
+            poly_nl_behind(h, **buffers, fold=fold)
+
+    ways = dict(chosen=None, folded=True, applied=False)
+    return {name: partial(call, fold) for name, fold in ways.items()}
+
+
+def measure_choice(args) -> None:
+    """Where N is small, into choice.json."""
+    cases = []
+    bench.UNIT = 'chosen'
+    for c in (512, 1024, 2048):
+        for n in (c // 16, c // 8, c // 4, c // 2, c, 2 * c):
+            times = bench.take_turns(
+                partial(choice_calls, c, n, args),
+                args.seconds / bench.ROUNDS,
+                args.device,
+            )
+            row = dict(contenders={k: dict(forward=times[k]) for k in times})
+            case = dict(c=c, n=n)
+            for name in times:
+                case[name] = bench.seconds(row, name, 'forward')
+            better = min('folded', 'applied', key=case.get)
+            case['ratio'] = bench.relative(row, 'chosen', 'forward', better)
+            cases.append(case)
+    (args.out / 'choice.json').write_text(json.dumps(cases, indent=1))
+
+
 def measure_models(args) -> None:
     """The backbones at each shape, and a step of training of Mask R-CNN."""
 
@@ -272,6 +309,19 @@ def table(cases: list, mode: str, cell) -> str:
         for name in BLOCKS:
             found = case['contenders'].get(name)
             cells.append(cell(found) if found else 'left out')
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def choice_table(cases: list) -> str:
+    """Markdown: a line for each size."""
+    names = ('folded', 'applied', 'chosen')
+    head = ['C', 'N', *(f'{name}, ms' for name in names), 'chosen / better']
+    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+    for case in cases:
+        cells = [str(case['c']), str(case['n'])]
+        cells += [f'{case[name][0] * 1e3:.3g}' for name in names]
+        cells.append('{:.2f} ± {:.2f}'.format(*case['ratio']))
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
@@ -423,8 +473,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--parts',
         nargs='+',
-        default=['layers', 'models'],
-        choices=['layers', 'models', 'none'],
+        default=['layers', 'choice', 'models'],
+        choices=['layers', 'choice', 'models', 'none'],
         help='what is measured; what was measured before is drawn again',
     )
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
@@ -444,6 +494,8 @@ def main() -> None:
     set_precision(args)
     if 'layers' in args.parts:
         measure_layers(args)
+    if 'choice' in args.parts:
+        measure_choice(args)
     if 'models' in args.parts:
         measure_models(args)
     if (args.out / 'layers.json').exists():
@@ -457,6 +509,10 @@ def main() -> None:
             draw_layers(
                 result['cases'], axis, args.out / f'against_{axis}.svg'
             )
+    if (args.out / 'choice.json').exists():
+        cases = json.loads((args.out / 'choice.json').read_text())
+        print('\nfused: weights folded, or the branch applied to the map\n')
+        print(choice_table(cases))
     shapes = [
         args.out / 'backbone_{}x{}.json'.format(*s) for s in BACKBONES_AT
     ]
