@@ -12,6 +12,8 @@ model, and how the layer takes over what the convolution and its norm did:
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,7 +26,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from .insertion import inserted_after
 from .layers import PolyNL
-from .ops import no_autocast, poly_nl_behind, project
+from .ops import (
+    behind_pays,
+    conv1x1,
+    is_for_every_size,
+    no_autocast,
+    poly_nl,
+    poly_nl_behind,
+    project,
+)
 
 __all__ = ['FusedPolyNL', 'FusionReport', 'fuse_poly_nl']
 
@@ -38,6 +48,7 @@ _CONV_FORWARDS = {
         wrappers.Conv3d,
     )
 }
+_NORM_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 
 
 @dataclass
@@ -82,18 +93,21 @@ def fuse_poly_nl(
     For inference (default), call ``model.eval()`` and load the checkpoint
     first. The fused layers hold constants instead of parameters and can not
     be trained. A state dict of the fused model fits the fused model only.
-    mmcv's ``fuse_conv_bn`` may be applied before or after.
+    mmcv's ``fuse_conv_bn`` may be applied before or after. Where the
+    convolution is wide and its output narrow (the upper laterals of an FPN),
+    it is still the output that the layer is computed from.
 
     With ``trainable=True``, parameters, their names and their gradients are
     those of the model as it was, and so are its checkpoints. Call
     ``model.train()`` first: a BatchNorm that then uses the statistics of the
-    batch (``norm_eval=False``) is left alone. Where a map has fewer
-    positions than the convolution has input channels, or a BatchNorm is set
-    to training later, the layer runs unfused. In such a model no module may
-    be replaced afterwards (``revert_sync_batchnorm``, ``fuse_conv_bn``).
+    batch (``norm_eval=False``) is left alone. Where the shapes are such that
+    it would not pay (:func:`polynl_mm.ops.behind_pays`), or a BatchNorm is
+    set to training later, the layer runs unfused. No SyncBN may be converted
+    or reverted afterwards. A second call without ``trainable`` fuses such a
+    model for inference.
 
     Args:
-        model: Changed in place. Layers in it that are fused already stay so.
+        model: Changed in place. What is fused already may be fused again.
         trainable: Whether it is to be trained.
 
     Returns:
@@ -102,19 +116,22 @@ def fuse_poly_nl(
     report = FusionReport()
     modules = _Modules(model)
     for site in list(modules.sites()):
-        layer = site.get()
-        if isinstance(layer, FusedPolyNL) or isinstance(
-            layer.forward, _FromInput
-        ):
-            report.fused.append(modules.path(site))
+        path, layer = modules.path(site), site.get()
+        linked = isinstance(layer.forward, _FromInput)
+        if isinstance(layer, FusedPolyNL) or (linked and trainable):
+            report.fused.append(path)
             continue
+        if linked:
+            layer.forward.unlink()
         try:
             conv, norm = modules.before(site)
             modules.check(site, conv, norm)
+            if not trainable:
+                _check_order(conv, norm)
         except _Left as reason:
-            report.left[modules.path(site)] = str(reason)
+            report.left[path] = str(reason)
             continue
-        report.fused.append(modules.path(site))
+        report.fused.append(path)
         (_link if trainable else _fold)(site, conv, norm)
     return model, report
 
@@ -123,7 +140,9 @@ class FusedPolyNL(nn.Module):
     """A Poly-NL layer and the 1x1 convolution before it, for inference.
 
     Made by :func:`fuse_poly_nl`. Its buffers are the arguments of
-    :func:`polynl_mm.ops.poly_nl_behind` of the same names.
+    :func:`polynl_mm.ops.poly_nl_behind` of the same names, or, where the
+    convolution makes few channels of many, of its matrix and
+    :func:`polynl_mm.ops.poly_nl`.
 
     Args:
         layer (PolyNL): The layer.
@@ -146,29 +165,22 @@ class FusedPolyNL(nn.Module):
         *weights, b1, b2, b3 = layer.matrices()
         # Made once: in double precision, so that rounding them adds nothing.
         w1, w2, w3 = (w.double() for w in weights)
-        constants = dict(zip(_CONSTANTS, project(a, b, w1, w2, b1, b2)))
-        constants.update(a=a, b=b, w3=w3, b3=b3)
-        constants.update(alpha=layer.alpha, beta=layer.beta)
-        for name, value in constants.items():
+        # For many positions: a second moment of H against two products of X.
+        self.behind = self.in_channels**2 < 2 * self.out_channels**2
+        if self.behind:
+            w1, w2, b1, b2 = project(a, b, w1, w2, b1, b2)
+        values = (a, b, w1, w2, w3, layer.alpha, layer.beta, b1, b2, b3)
+        for name, value in zip(_ARGUMENTS, values, strict=True):
             if value is not None:
                 value = value.detach().to(layer.alpha.dtype, copy=True)
             self.register_buffer(name, value)
 
     def forward(self, h: Tensor) -> Tensor:
         """Shape: (B, in_channels, \\*spatial) -> (B, out_channels, ...)."""
-        return poly_nl_behind(
-            h,
-            self.a,
-            self.b,
-            self.w1,
-            self.w2,
-            self.w3,
-            self.alpha,
-            self.beta,
-            self.b1,
-            self.b2,
-            self.b3,
-        )
+        a, b, *params = (getattr(self, name) for name in _ARGUMENTS)
+        if self.behind:
+            return poly_nl_behind(h, a, b, *params)
+        return poly_nl(conv1x1(h, a, b), *params)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Raised, not collected: mmengine only logs what is collected.
@@ -187,20 +199,26 @@ class FusedPolyNL(nn.Module):
         )
 
 
-_CONSTANTS = ('w1', 'w2', 'b1', 'b2')
+_ARGUMENTS = ('a', 'b', 'w1', 'w2', 'w3', 'alpha', 'beta', 'b1', 'b2', 'b3')
 
 
 class _FromInput:
     """Forward of a layer in training: reads its convolution and its norm."""
 
-    def __init__(self, layer: PolyNL, conv: _ConvNd, norm: nn.Module | None):
-        self.layer, self.conv, self.norm = layer, conv, norm
-        self.in_channels = conv.in_channels
+    def __init__(self, layer: PolyNL, conv: _Site, norm: _Site | None):
+        # Places: fuse_conv_bn exchanges a norm.
+        self.layer, self.places = layer, (conv, norm)
+        self.in_channels = conv.get().in_channels
+
+    def parts(self) -> tuple[_ConvNd, nn.Module | None]:
+        conv, norm = self.places
+        return conv.get(), norm and norm.get()
 
     def __call__(self, h: Tensor) -> Tensor:
-        layer, conv, norm = self.layer, self.conv, self.norm
+        layer, (conv, norm) = self.layer, self.parts()
+        n = sys.maxsize if is_for_every_size() else math.prod(h.shape[2:])
         if (
-            h.shape[2:].numel() < self.in_channels
+            not behind_pays(n, conv.in_channels, conv.out_channels)
             or getattr(norm, 'training', False)
             or conv.weight.dtype in (torch.float16, torch.bfloat16)
         ):
@@ -218,6 +236,12 @@ class _FromInput:
             h, a, b, w1, w2, w3, layer.alpha, layer.beta, b1, b2, b3
         )
 
+    def unlink(self) -> None:
+        """Give all three their own forward back."""
+        for module in (self.layer, *self.parts()):
+            if module is not None:
+                vars(module).pop('forward', None)
+
 
 def _pass(x: Tensor) -> Tensor:
     """Forward of a convolution and a norm that a layer computes."""
@@ -225,10 +249,10 @@ def _pass(x: Tensor) -> Tensor:
 
 
 def _link(site: _Site, conv: _Site, norm: _Site | None) -> None:
-    layer, parts = site.get(), [conv.get(), norm and norm.get()]
-    layer.forward = _FromInput(layer, *parts)
-    for part in filter(None, parts):
-        part.forward = _pass
+    layer = site.get()
+    layer.forward = _FromInput(layer, conv, norm)
+    for place in filter(None, (conv, norm)):
+        place.get().forward = _pass
 
 
 @torch.no_grad()
@@ -415,10 +439,38 @@ def _check_norm(norm: nn.Module) -> None:
         return
     if not isinstance(norm, _BatchNorm):
         raise _Left(
-            f'the norm is a {type(norm).__name__}, which depends on the image'
+            f'the norm is a {type(norm).__name__}, which is no BatchNorm'
         )
+    if type(norm).forward not in _NORM_FORWARDS:
+        raise _Left(f'{type(norm).__name__} has a forward of its own')
     if norm.training or norm.running_mean is None:
         raise _Left(
             f'the {type(norm).__name__} uses the statistics of the batch '
             '(model.eval() before inference, norm_eval=True in training)'
         )
+
+
+def _check_order(conv: _Site, norm: _Site | None) -> None:
+    """Raise if ``fuse_conv_bn`` would go wrong without these two."""
+    if norm is None or not isinstance(norm.get(), _BatchNorm):
+        return
+    rest = _norms_of_convs(conv.owner, (conv.name, norm.name))
+    if not rest <= _norms_of_convs(conv.owner):
+        raise _Left(
+            'without it, fuse_conv_bn would take the norm behind for that of '
+            'another convolution: call fuse_conv_bn first'
+        )
+
+
+def _norms_of_convs(owner: nn.Module, without=()) -> set[tuple[str, str]]:
+    """What mmcv's ``fuse_conv_bn`` takes for pairs, by names."""
+    pairs, last = set(), None
+    for name, child in owner.named_children():
+        if name in without:
+            continue
+        if isinstance(child, _BatchNorm):
+            pairs.add((last, name))
+            last = None
+        elif isinstance(child, nn.Conv2d):
+            last = name
+    return {pair for pair in pairs if pair[0]}

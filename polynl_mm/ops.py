@@ -79,9 +79,11 @@ instead of its output:
     Y &= A' H + b' 1^T                                          && NCc
 
 The last product is the convolution, which is there without the layer, too.
-Where :math:`N < c` the output is smaller than the convolution, and is what
-the layer is applied to. W1 and W2 enter by :math:`P_i` only, constants of a
-trained model.
+W1 and W2 enter by :math:`P_i` only, constants of a trained model. That is the
+gram form. Where N is small the direct form is cheaper: the gate from the
+projections :math:`P_i h`, :math:`2NCc`, and the layer applied to the output of
+the convolution, :math:`NC^2`. Where c is large, as before the laterals of an
+FPN, neither is: :math:`Nc^2` is more than :func:`poly_nl` of X takes.
 
 **Precision.** The branch is cubic in X: in float16 the product of two
 projections overflows at magnitudes of 256. For float16 and bfloat16 input,
@@ -102,7 +104,9 @@ from torch import Tensor
 
 __all__ = [
     'FORMS',
+    'behind_pays',
     'choose_form',
+    'conv1x1',
     'poly_nl',
     'poly_nl_behind',
     'poly_nl_direct',
@@ -166,8 +170,7 @@ def poly_nl(
         RuntimeError: On double backward through the gram form, which is not
             implemented; use ``form='direct'`` for second derivatives.
     """
-    if form not in FORMS:
-        raise ValueError(f'form must be one of {FORMS}, got {form!r}')
+    _check_form(form)
     x, p = _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3)
     needs_grad = _wants_grad(x, *p)
     if form == 'auto' and _is_exporting():
@@ -222,6 +225,19 @@ def choose_form(n: int, c: int, backward: bool, itemsize: int = 4) -> str:
     return 'gram' if gram <= direct else 'direct'
 
 
+def behind_pays(n: int, c: int, out: int) -> bool:
+    """Whether a training step of the layer costs less from H than from X.
+
+    Counts the multiply-adds, forward and backward, besides those of the
+    convolution: 3 of :func:`project` and 6 of the folded weight in C^2 c.
+
+    Args:
+        n (int): Positions per image. c, out (int): Channels of H and of X.
+    """
+    behind = 9 * out**2 * c + 3 * out * c**2 + 2 * n * c**2
+    return behind < min(9 * n * out**2, 5 * n * out**2 + 3 * out**3)
+
+
 def project(
     a: Tensor,
     b: Tensor,
@@ -261,7 +277,7 @@ def poly_nl_behind(
     b1: Tensor,
     b2: Tensor,
     b3: Tensor | None = None,
-    fold: bool | None = None,
+    form: str = 'auto',
 ) -> Tensor:
     r"""Poly-NL of X = A H + b, from H.
 
@@ -271,9 +287,8 @@ def poly_nl_behind(
         w1, w2, b1, b2 (Tensor): Weights and biases of the first two
             convolutions, made those of ``h`` by :func:`project`.
         w3, alpha, beta, b3: As in :func:`poly_nl`.
-        fold (bool, optional): Whether the layer is applied to the convolution
-            or to its output; the result is the same. By default the cheaper
-            one for the shape of ``h``.
+        form (str): ``'direct'``, ``'gram'``, or ``'auto'``, which takes the
+            cheaper one for the shape of ``h``; see the module's description.
 
     Shape:
         - h: (B, c, \*spatial) with one to three spatial axes.
@@ -282,22 +297,26 @@ def poly_nl_behind(
           memory.
 
     Raises:
-        ValueError: If a shape or a dtype is not as stated.
-        RuntimeError: On double backward, which is not implemented.
+        ValueError: If a shape, a dtype or ``form`` is not as stated.
+        RuntimeError: On double backward through the gram form, which is not
+            implemented.
     """
+    _check_form(form)
     h, p = _prepare(h, w1, w2, w3, alpha, beta, b1, b2, b3, a=a, b=b)
     a, b = a.to(p.dtype), b.to(p.dtype)
-    if fold is None:
-        n, c = math.prod(h.shape[2:]), h.shape[1]
-        # Both ways cost the same with n and c exchanged. A program that is
-        # exported is one for every size.
-        fold = n >= c or _is_exporting() or torch.jit.is_tracing()
+    if form == 'auto' and is_for_every_size():
+        form = 'gram'
+    n, c = math.prod(h.shape[2:]), h.shape[1]
+    if form == 'auto':
+        out = len(a)
+        gram = n * c**2 + out * c**2 + out**2 * c + n * out * c
+        direct = 3 * n * out * c + n * out**2
+        form = 'gram' if gram <= direct else 'direct'
     with no_autocast(h):
+        if form == 'direct':
+            return _apply_gate(conv1x1(h, a, b), _direct_gate(h, p), p)
         s, total = _Moments.apply(h) if _wants_grad(h) else _moments(h)
-        n = h.flatten(2).shape[-1]
         g = _gate(p, _each(p.w1, s), total / n, n)
-        if not fold:
-            return _apply_gate(_conv(h, a, b), g, p)
         gain = p.beta * g
         b = p.alpha * b + F.linear(gain * b, p.w3)
         b = b if p.b3 is None else b + p.beta * p.b3
@@ -338,18 +357,21 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     )
 
 
-def _conv(z: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution in the dtype of z."""
+def conv1x1(z: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """A convolution by a (C, c) matrix, in the dtype of z or autocast's."""
     axes = z.dim() - 2
     b = None if b is None else b.to(z.dtype)
     return _CONVS[axes](z, w.to(z.dtype).reshape(*w.shape, *(1,) * axes), b)
 
 
 def _direct(x: Tensor, p: _Params) -> Tensor:
-    u, v = _conv(x, p.w1, p.b1), _conv(x, p.w2, p.b2)
-    return _apply_gate(
-        x, (u.to(p.dtype) * v.to(p.dtype)).flatten(2).mean(2), p
-    )
+    return _apply_gate(x, _direct_gate(x, p), p)
+
+
+def _direct_gate(x: Tensor, p: _Params) -> Tensor:
+    """The gate (B, C) from both projections."""
+    u, v = conv1x1(x, p.w1, p.b1), conv1x1(x, p.w2, p.b2)
+    return (u.to(p.dtype) * v.to(p.dtype)).flatten(2).mean(2)
 
 
 def _apply_gate(x: Tensor, g: Tensor, p: _Params) -> Tensor:
@@ -361,11 +383,11 @@ def _apply_gate(x: Tensor, g: Tensor, p: _Params) -> Tensor:
         # relative to the largest gate, which cancels out.
         scale = g.detach().abs().amax(1, keepdim=True)
         scale = scale.clamp_min(torch.finfo(p.dtype).tiny)
-        branch = _conv((x * (g / scale)).to(x.dtype), p.w3) * scale
+        branch = conv1x1((x * (g / scale)).to(x.dtype), p.w3) * scale
         if p.b3 is not None:
             branch = branch + p.b3.reshape(-1, *ones)
     else:
-        branch = _conv(x * g, p.w3, p.b3)
+        branch = conv1x1(x * g, p.w3, p.b3)
     return (p.alpha * x + p.beta * branch).to(x.dtype)
 
 
@@ -595,6 +617,11 @@ def _gram_matrix(xf: Tensor) -> Tensor:
     return s
 
 
+def is_for_every_size() -> bool:
+    """Whether a choice by size would become part of a program."""
+    return torch.jit.is_tracing() or _is_exporting()
+
+
 def _is_traced() -> bool:
     return torch.jit.is_tracing() or _is_compiling()
 
@@ -630,6 +657,11 @@ def _prepare(x, w1, w2, w3, alpha, beta, b1, b2, b3, **conv):
         *(scalar(v) for v in (alpha, beta)),
         *(None if b is None else b.to(dtype) for b in (b1, b2, b3)),
     )
+
+
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise ValueError(f'form must be one of {FORMS}, got {form!r}')
 
 
 def _check(x, w1, w2, w3, alpha, beta, b1, b2, b3, **conv):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polynl_mm import ops
 from polynl_mm.ops import (
+    behind_pays,
     choose_form,
     poly_nl,
     poly_nl_behind,
@@ -514,7 +515,6 @@ def test_bad_input_is_named(change, message):
 # ------------------------------------------------- behind a 1x1 convolution
 
 BEHIND = ('h', 'a', 'b', 'w1', 'w2', 'w3', 'alpha', 'beta', 'b1', 'b2', 'b3')
-each_way = pytest.mark.parametrize('fold', [False, True])
 
 
 def make_pair(shape, c, bias=False, dtype=torch.float64, seed=0):
@@ -555,7 +555,7 @@ def behind_gradients(y, inputs, dy):
     }
 
 
-@each_way
+@both_forms
 @pytest.mark.parametrize('bias', [False, True], ids=['no bias', 'bias'])
 @pytest.mark.parametrize(
     'shape, c',
@@ -569,10 +569,10 @@ def behind_gradients(y, inputs, dy):
         pytest.param((2, 1, 5), 1, id='C=c=1'),
     ],
 )
-def test_behind_a_convolution(shape, c, bias, fold):
+def test_behind_a_convolution(shape, c, bias, form):
     inputs = make_pair(shape, c, bias)
     truth = after_conv(*inputs)
-    y = behind(*inputs, fold=fold)
+    y = behind(*inputs, form=form)
     assert_near(y, truth, 1e-12)
     if truth.numel():
         branch = truth - inputs[6] * after_conv(*inputs[:6], 1.0, 0.0)
@@ -584,9 +584,9 @@ def test_behind_a_convolution(shape, c, bias, fold):
     for name, want in wants.items():
         assert_near(gots[name], want, 1e-11, name)
     with torch.no_grad():
-        assert_near(behind(*inputs, fold=fold), truth, 1e-12, 'no_grad')
+        assert_near(behind(*inputs, form=form), truth, 1e-12, 'no_grad')
         floats = [None if t is None else t.float() for t in inputs]
-        assert_near(behind(*floats, fold=fold), truth, 1e-5, 'float32')
+        assert_near(behind(*floats, form=form), truth, 1e-5, 'float32')
 
 
 def test_behind_a_convolution_by_loops():
@@ -600,32 +600,32 @@ def test_behind_a_convolution_by_loops():
         ]
     )
     truth = poly_nl_loop(x, *params)
-    for fold in (False, True, None):
+    for form in ops.FORMS:
         assert_near(
-            behind(*inputs, fold=fold), truth.unflatten(2, (3, 2)), 1e-12
+            behind(*inputs, form=form), truth.unflatten(2, (3, 2)), 1e-12
         )
 
 
-@each_way
+@both_forms
 @pytest.mark.parametrize('given', [(8,), (9,), (10,), (8, 10)])
-def test_behind_with_some_biases(given, fold):
+def test_behind_with_some_biases(given, form):
     inputs = make_pair((2, 4, 3, 2), 5, bias=True)
     inputs = [t if i < 8 or i in given else None for i, t in enumerate(inputs)]
-    assert_near(behind(*inputs, fold=fold), after_conv(*inputs), 1e-12)
+    assert_near(behind(*inputs, form=form), after_conv(*inputs), 1e-12)
 
 
-@each_way
+@both_forms
 @pytest.mark.parametrize('bias', [False, True])
-def test_behind_gradcheck(bias, fold):
+def test_behind_gradcheck(bias, form):
     inputs = [t for t in make_pair((2, 2, 3), 3, bias) if t is not None]
     assert torch.autograd.gradcheck(
-        lambda *args: behind(*args, fold=fold), inputs
+        lambda *args: behind(*args, form=form), inputs
     )
 
 
 @pytest.mark.parametrize('wanted', BEHIND)
-@each_way
-def test_behind_frozen_inputs(wanted, fold):
+@both_forms
+def test_behind_frozen_inputs(wanted, form):
     inputs = make_pair((2, 4, 5, 3), 6, bias=True)
     truth = after_conv(*inputs)
     dy = torch.randn_like(truth)
@@ -633,7 +633,7 @@ def test_behind_frozen_inputs(wanted, fold):
     frozen = [
         t.detach().requires_grad_(k == wanted) for k, t in zip(BEHIND, inputs)
     ]
-    behind(*frozen, fold=fold).backward(dy)
+    behind(*frozen, form=form).backward(dy)
     for name, t in zip(BEHIND, frozen):
         if name == wanted:
             assert_near(t.grad, want, 1e-11, name)
@@ -641,37 +641,59 @@ def test_behind_frozen_inputs(wanted, fold):
             assert t.grad is None
 
 
-def test_behind_takes_the_cheaper_way():
-    """By the multiply-adds; both ways, with N and c exchanged."""
-    c, wide = 8, 24
-
-    def macs(n, fold):
-        inputs = make_pair((1, c, n), wide)
-        h, a, b, w1, w2, *rest = [
-            t if t is None else t.detach() for t in inputs
-        ]
-        w1, w2, b1, b2 = project(a, b, w1, w2)
-        args = (h, a, b, w1, w2, *rest[:3], b1, b2)
-        return count_flops(lambda: poly_nl_behind(*args, fold=fold))[0] // 2
-
-    for n in (2, 7, 8, 9, 40):
-        folded, output = macs(n, True), macs(n, False)
-        gate = n * c**2 + wide * c**2
-        vectors = 4 * wide * c + wide**2
-        assert abs(folded - gate - wide**2 * c - n * c * wide) <= vectors
-        assert abs(output - gate - n * wide**2 - n * c * wide) <= vectors
-        assert macs(n, None) == (folded if n >= c else output)
+def behind_macs(n, c, out, form='auto'):
+    h, a, b, w1, w2, *rest = [
+        t if t is None else t.detach() for t in make_pair((1, c, n), out)
+    ]
+    w1, w2, b1, b2 = project(a, b, w1, w2)
+    args = (h, a, b, w1, w2, *rest[:3], b1, b2)
+    return count_flops(lambda: poly_nl_behind(*args, form=form))[0] // 2
 
 
-@each_way
+@pytest.mark.parametrize('c, out', [(8, 32), (12, 24), (16, 16)])
+def test_behind_takes_the_cheaper_form(c, out):
+    """By the multiply-adds; at most a tenth more than of any mixture."""
+    vectors = 4 * out * c + out**2
+    taken = set()
+    for n in (1, 2, 6, 7, 9, 11, 13, 16, 17, 40):
+        moments, fold = n * c**2 + out * c**2, out**2 * c
+        projections, gated = 2 * n * out * c, n * out**2
+        conv = n * out * c
+        gram = behind_macs(n, c, out, 'gram')
+        direct = behind_macs(n, c, out, 'direct')
+        assert abs(gram - moments - fold - conv) <= vectors
+        assert abs(direct - projections - gated - conv) <= vectors
+        auto = behind_macs(n, c, out)
+        taken.add('gram' if auto == gram else 'direct')
+        best = min(moments, projections) + min(fold, gated) + conv
+        assert auto in (gram, direct) and auto <= 1.1 * best + vectors
+    assert taken == {'gram', 'direct'}
+
+
+@pytest.mark.parametrize(
+    'n, c, out, pays',
+    [
+        (60, 64, 256, False),
+        (80, 64, 256, True),
+        (100, 64, 64, False),
+        (250, 64, 64, True),
+        (10**9, 64, 48, True),
+        (10**9, 64, 32, False),
+    ],
+)
+def test_when_it_pays_in_training(n, c, out, pays):
+    assert behind_pays(n, c, out) == pays
+
+
+@both_forms
 @pytest.mark.parametrize('grads', [False, True])
-def test_behind_keeps_channels_last(grads, fold):
+def test_behind_keeps_channels_last(grads, form):
     inputs = make_pair((2, 4, 5, 3), 6, bias=True)
     truth = after_conv(*inputs)
     h = strided('channels_last', inputs[0].detach())
     inputs[0] = h.requires_grad_(grads)
     with torch.set_grad_enabled(grads):
-        y = behind(*inputs, fold=fold)
+        y = behind(*inputs, form=form)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_near(y, truth, 1e-12)
     if grads:
@@ -681,12 +703,12 @@ def test_behind_keeps_channels_last(grads, fold):
             assert_near(got, wants[name], 1e-11, name)
 
 
-@each_way
-def test_behind_result_may_be_changed_in_place(fold):
+@both_forms
+def test_behind_result_may_be_changed_in_place(form):
     inputs = make_pair((2, 4, 5, 3), 6, bias=True)
 
     def run(*args):
-        return behind(*args, fold=fold)
+        return behind(*args, form=form)
 
     dy = torch.randn(2, 6, 5, 3, dtype=torch.float64)
     wants = behind_gradients(after_conv(*inputs) * 3 + 1, inputs, dy)
@@ -706,9 +728,9 @@ def test_behind_result_may_be_changed_in_place(fold):
         assert not run(*inputs)._is_view()
 
 
-@each_way
+@both_forms
 @pytest.mark.parametrize('dtype', HALF_TOLERANCE, ids=str)
-def test_behind_under_autocast(dtype, fold):
+def test_behind_under_autocast(dtype, form):
     """Of magnitude 300, where the product of projections exceeds float16."""
     if OLD_TORCH:
         pytest.skip('this torch has no float16 on a CPU')
@@ -729,7 +751,7 @@ def test_behind_under_autocast(dtype, fold):
     for h in (inputs[0], inputs[0].to(dtype)):
         h = h.requires_grad_()
         with torch.autocast('cpu', torch.bfloat16):
-            y = behind(h, *params, fold=fold)
+            y = behind(h, *params, form=form)
         assert y.dtype == torch.bfloat16
         assert_near(y, truth, 2 * HALF_TOLERANCE[torch.bfloat16])
         y.float().mean().backward()
@@ -737,9 +759,9 @@ def test_behind_under_autocast(dtype, fold):
         assert all(p.grad.isfinite().all() for p in params)
 
 
-@each_way
+@both_forms
 @pytest.mark.parametrize('dtype', HALF_TOLERANCE, ids=str)
-def test_behind_in_low_precision(dtype, fold):
+def test_behind_in_low_precision(dtype, form):
     """The parameters low, too, as model.half() makes them."""
     if OLD_TORCH:
         pytest.skip('this torch has no float16 on a CPU')
@@ -751,11 +773,11 @@ def test_behind_in_low_precision(dtype, fold):
     args = [h * 300, a, b * 300, w1, w2, w3, alpha, beta * 2e-5]
     args += [b1 * 300, b2 * 300, b3]
     args = [t.detach().to(dtype) for t in args]
-    truth = poly_nl_behind(*[t.double() for t in args], fold=fold)
+    truth = poly_nl_behind(*[t.double() for t in args], form=form)
     x = torch.einsum('oi,bihw->bohw', args[1].double(), args[0].double())
     x = x + args[2].double().view(-1, 1, 1)
     assert (truth - args[6] * x).norm() > truth.norm() / 10
-    y = poly_nl_behind(*args, fold=fold)
+    y = poly_nl_behind(*args, form=form)
     assert y.dtype == dtype
     assert_near(y, truth, HALF_TOLERANCE[dtype])
 
@@ -766,7 +788,7 @@ def test_behind_has_no_second_derivative(wanted):
         t if t is None else t.detach().requires_grad_(k in wanted)
         for k, t in zip(BEHIND, make_pair((2, 2, 5), 3))
     ]
-    y = behind(*inputs, fold=True)
+    y = behind(*inputs, form='gram')
     inputs = [t for t in inputs if t is not None and t.requires_grad]
     with pytest.raises(RuntimeError, match='second derivative'):
         torch.autograd.grad(y.sum(), inputs, create_graph=True)
