@@ -69,8 +69,16 @@ projections are projections of H,
     W_i x + b_i = P_i h + p_i, \quad P_i = W_i A, \quad p_i = W_i b + b_i
 
 so the gate is that of H, with :math:`P_i` and :math:`p_i` in the place of
-:math:`W_i` and :math:`b_i`: :math:`Nc^2 + Cc^2` multiply-adds. And once the
-gate is known, the layer is linear and can be applied to the convolution
+:math:`W_i` and :math:`b_i`. From the mean m and the covariance of H,
+
+.. math::
+    S &= (H - m 1^T) (H - m 1^T)^T / N                      && Nc^2 \\
+    g &= \operatorname{rowsum}((P_1 S) \odot P_2)
+        + (P_1 m + p_1) \odot (P_2 m + p_2)                 && Cc^2
+
+Centred, for a norm takes away much of what :math:`A m` is, and it would be
+the square of that from which the rest had to be told. And once the gate is
+known, the layer is linear and can be applied to the convolution
 instead of its output:
 
 .. math::
@@ -315,8 +323,9 @@ def poly_nl_behind(
     with no_autocast(h):
         if form == 'direct':
             return _apply_gate(conv1x1(h, a, b), _direct_gate(h, p), p)
-        s, total = _Moments.apply(h) if _wants_grad(h) else _moments(h)
-        g = _gate(p, _each(p.w1, s), total / n, n)
+        s, m = _Moments.apply(h) if _wants_grad(h) else _moments(h)
+        g = (_each(p.w1, s) * p.w2).sum(2) / n
+        g = g + F.linear(m, p.w1, p.b1) * F.linear(m, p.w2, p.b2)
         gain = p.beta * g
         b = p.alpha * b + F.linear(gain * b, p.w3)
         b = b if p.b3 is None else b + p.beta * p.b3
@@ -492,26 +501,31 @@ def _gram_backward(dy, x, p, mixing, g, s, w1s, m, needed):
 
 
 def _moments(h: Tensor) -> tuple[Tensor, Tensor]:
-    """H H^T and the sum over the positions, at least in float32."""
+    """N times the covariance, and the mean, at least in float32."""
     hf = h.flatten(2)
-    s = _gram_matrix(hf)
-    return s, hf.sum(-1, dtype=s.dtype)
+    m = hf.mean(2, dtype=torch.float32 if h.dtype in _HALF else h.dtype)
+    return _gram_matrix((hf - m.unsqueeze(2)).to(h.dtype)), m
 
 
 class _Moments(torch.autograd.Function):
-    """:func:`_moments`; its gradient is (dS + dS^T) H + d(sum) 1^T."""
+    """:func:`_moments`; its gradient is (dS + dS^T) (H - m) + dm / N."""
 
     @staticmethod
     def forward(ctx, h):
-        ctx.save_for_backward(h)
-        return _moments(h)
+        s, m = _moments(h)
+        ctx.save_for_backward(h, m)
+        return s, m
 
     @staticmethod
-    def backward(ctx, ds, dsum):
+    def backward(ctx, ds, dm):
         _refuse_second_derivative()
-        (h,) = ctx.saved_tensors
+        h, m = ctx.saved_tensors
         with no_autocast(h):
-            return _affine(ds + ds.mT, dsum, h)
+            ds = ds + ds.mT
+            column = (
+                dm / math.prod(h.shape[2:]) - (ds @ m.unsqueeze(2))[..., 0]
+            )
+            return _affine(ds, column, h)
 
 
 def _affine(matrix: Tensor, column: Tensor, h: Tensor) -> Tensor:

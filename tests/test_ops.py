@@ -641,6 +641,25 @@ def test_behind_frozen_inputs(wanted, form):
             assert t.grad is None
 
 
+@both_forms
+def test_behind_a_norm_that_takes_most_away(form):
+    """The mean of A h ten times its spread, and b the negative of it."""
+    h, a, _, *params = make_pair((2, 16, 20, 20), 64)
+    shift = torch.randn(16, 1, 1, dtype=h.dtype)
+    a, h = a.detach(), h.detach()
+    spread = (a @ (h - h.mean((0, 2, 3), True)).flatten(2)).std()
+    h = h + shift * 10 * spread / (a @ shift[:, 0]).std()
+    b = -(a @ h.flatten(2)).mean((0, 2))
+    params = [t if t is None else t.detach() for t in params]
+    x, y = (after_conv(h, a, b, *params[:3], 1.0, beta) for beta in (0, 1.0))
+    params[4] = x.norm() / (y - x).norm()
+    truth = after_conv(h, a, b, *params)
+    w1, w2, b1, b2 = project(a, b, *params[:2])
+    args = (h, a, b, w1, w2, *params[2:5], b1, b2)
+    y = poly_nl_behind(*[t.float() for t in args], form=form)
+    assert_near(y, truth, 1e-5)
+
+
 def behind_macs(n, c, out, form='auto'):
     h, a, b, w1, w2, *rest = [
         t if t is None else t.detach() for t in make_pair((1, c, n), out)
