@@ -14,6 +14,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import METRICS
 
 from polynl_mm.engine import launch
+from polynl_mm.engine.hooks import PolyNLHook
 from polynl_mm.engine.launch import StartError
 
 
@@ -110,15 +111,13 @@ def set_tta(cfg):
         each.pipeline = cfg.tta_pipeline
 
 
-def set_fuse(cfg):
+def set_fuse(runner):
     """Tell the hook that fuses, which the config may have already."""
-    hooks = cfg.setdefault('custom_hooks', [])
-    ours = [h for h in hooks if h.get('type') == 'polynl_mm.PolyNLHook']
-    if not ours:
-        ours = [ConfigDict(type='polynl_mm.PolyNLHook')]
-        cfg.custom_hooks = [*hooks, *ours]
-    for hook in ours[:1]:
-        hook.fuse_test = True
+    for hook in runner.hooks:
+        if isinstance(hook, PolyNLHook):
+            hook.fuse_test = True
+            return
+    runner.register_hook(PolyNLHook(fuse_test=True))
 
 
 def flip_pipeline(pipeline):
@@ -184,9 +183,9 @@ def main():
     cfg.resume = False
     if args.tta:
         set_tta(cfg)
-    if args.fuse:
-        set_fuse(cfg)
     runner = launch.build_runner(runner_class, cfg, 'test')
+    if args.fuse:
+        set_fuse(runner)
     if args.out and cfg.default_scope == 'mmdet':
         dump = METRICS.build(
             dict(type='mmdet.DumpDetResults', out_file_path=args.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
 
 import torch
@@ -11,7 +12,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
 
-from polynl_mm.fusion import fuse_poly_nl
+from polynl_mm.fusion import FusionReport, fuse_poly_nl
 from polynl_mm.layers import PolyNL
 from polynl_mm.registry import HOOKS
 
@@ -33,7 +34,8 @@ class PolyNLHook(Hook):
 
     It can also have the layers computed from the input of the 1x1 convolution
     before them, where there is one (:func:`polynl_mm.fuse_poly_nl`): the same
-    function, faster.
+    function, faster. The log says which layers were fused, and why others
+    were not.
 
     Args:
         interval (int): Iterations between two logs.
@@ -43,7 +45,6 @@ class PolyNLHook(Hook):
         fuse_test (bool): Fuse a copy of the model for each test.
     """
 
-    # Behind EMAHook, which puts other weights into the model for a test.
     priority = 'VERY_LOW'
 
     def __init__(
@@ -56,30 +57,35 @@ class PolyNLHook(Hook):
         self.interval = interval
         self.fuse_train = fuse_train
         self.fuse_test = fuse_test
+        self._whole = None
 
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Put a fused copy of the model in its place."""
-        if not self.fuse_test:
+    def before_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None
+    ) -> None:
+        """Put a fused copy of the model in its place.
+
+        Before the first iteration, not before the epoch: there other hooks
+        put the weights of the test into the model (EMAHook).
+        """
+        if not self.fuse_test or batch_idx:
             return
         self._whole = runner.model
-        # A copy: hooks that exchange weights count on the model as it is.
-        model = deepcopy(_unwrapped(runner.model))
-        model.eval()
-        runner.model, report = fuse_poly_nl(model)
-        runner.logger.info(report)
+        # A copy: those hooks count on the model as it is.
+        runner.model, report = fuse_poly_nl(deepcopy(_unwrapped(runner.model)))
+        _tell(runner, 'fuse_test', report)
 
     def after_test_epoch(self, runner: Runner, metrics=None) -> None:
         """Put the model itself back."""
-        if self.fuse_test:
-            runner.model = self._whole
+        if self._whole is not None:
+            runner.model, self._whole = self._whole, None
 
     def before_train(self, runner: Runner) -> None:
         """Look at the optimiser and at what is frozen; fuse."""
         if self.fuse_train:
             # As the loop is about to: hosts freeze in it what they freeze.
             runner.model.train()
-            model = _unwrapped(runner.model)
-            runner.logger.info(fuse_poly_nl(model, trainable=True)[1])
+            report = fuse_poly_nl(_unwrapped(runner.model), trainable=True)[1]
+            _tell(runner, 'fuse_train', report)
         layers = _layers(runner.model)
         decaying = _decaying(runner.optim_wrapper, layers)
         if decaying:
@@ -118,6 +124,14 @@ class PolyNLHook(Hook):
             runner.visualizer.add_scalars(
                 dict(zip(values, numbers)), step=runner.iter + 1
             )
+
+
+def _tell(runner: Runner, argument: str, report: FusionReport) -> None:
+    """Log what was fused; as a warning if that is nothing."""
+    level = logging.INFO if report.fused else logging.WARNING
+    if not report.fused and not report.left:
+        report = 'no Poly-NL layer in the model, nothing to fuse'
+    runner.logger.log(level, f'{argument}: {report}')
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 
 from polynl_mm.engine import GlooRunner, launch  # noqa: E402
+from polynl_mm.fusion import fuse_poly_nl  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 
@@ -694,6 +695,23 @@ def test_checkpoint_without_our_block(refuse, weights):
     line = refuse('test', 'det.py', weights(change))
     assert '30 missing keys (backbone.layer3.0.poly_nl.alpha, ' in line
     assert line.endswith(', ...)')
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_checkpoint_of_a_fused_model(refuse, prefix):
+    """To be fused by --fuse, it must be that of a training, too."""
+    cfg = Config.fromfile('seg.py')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model).eval()
+    state = fuse_poly_nl(model)[0].state_dict()
+    torch.save({prefix + k: v for k, v in state.items()}, 'fused.pth')
+    line = refuse('test', 'seg.py', 'fused.pth', *['--fuse'] * bool(prefix))
+    assert line == (
+        'checkpoint fused.pth does not fit the model of seg.py: '
+        "'backbone.layer3.0.poly_nl' is a Poly-NL layer; in the state dict "
+        'it is fused with the convolution before it: that is for a model '
+        'on which fuse_poly_nl was called; a training saves none such'
+    )
 
 
 def test_checkpoint_of_the_other_host(refuse, weights):
