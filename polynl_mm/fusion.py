@@ -170,7 +170,7 @@ class FusedPolyNL(nn.Module):
         if self.behind:
             w1, w2, b1, b2 = project(a, b, w1, w2, b1, b2)
         values = (a, b, w1, w2, w3, layer.alpha, layer.beta, b1, b2, b3)
-        for name, value in zip(_ARGUMENTS, values, strict=True):
+        for name, value in zip(_ARGUMENTS, values):
             if value is not None:
                 value = value.detach().to(layer.alpha.dtype, copy=True)
             self.register_buffer(name, value)

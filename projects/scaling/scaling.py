@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from polynl_mm import fuse_poly_nl
 from polynl_mm.layers import PolyNL2d
-from polynl_mm.ops import poly_nl_behind
+from polynl_mm.ops import FORMS, poly_nl_behind
 
 UNIT = 'no block'
 FUSED = 'Poly-NL, fused'
@@ -227,24 +227,23 @@ def measure_layers(args) -> None:
 
 
 def choice_calls(c: int, n: int, args, round_: int) -> dict:
-    """The fused form with its weights folded or not, and as it chooses."""
+    """The fused layer in both forms, and in the one that it chooses."""
     offset = 16 * (1 + 11 * round_)
     h, _ = bench.make_input(c // 4, n, args.device, offset)
     fused = build(FUSED, c, 'forward', args.device)[-1]
     buffers = dict(fused.named_buffers())
 
-    def call(fold):
+    def call(form):
         with torch.no_grad():
-            poly_nl_behind(h, **buffers, fold=fold)
+            poly_nl_behind(h, **buffers, form=form)
 
-    ways = dict(chosen=None, folded=True, applied=False)
-    return {name: partial(call, fold) for name, fold in ways.items()}
+    return {form: partial(call, form) for form in FORMS}
 
 
 def measure_choice(args) -> None:
     """Where N is small, into choice.json."""
     cases = []
-    bench.UNIT = 'chosen'
+    bench.UNIT = 'auto'
     for c in (512, 1024, 2048):
         for n in (c // 16, c // 8, c // 4, c // 2, c, 2 * c):
             times = bench.take_turns(
@@ -256,8 +255,8 @@ def measure_choice(args) -> None:
             case = dict(c=c, n=n)
             for name in times:
                 case[name] = bench.seconds(row, name, 'forward')
-            better = min('folded', 'applied', key=case.get)
-            case['ratio'] = bench.relative(row, 'chosen', 'forward', better)
+            better = min('direct', 'gram', key=case.get)
+            case['ratio'] = bench.relative(row, 'auto', 'forward', better)
             cases.append(case)
     (args.out / 'choice.json').write_text(json.dumps(cases, indent=1))
 
@@ -315,8 +314,8 @@ def table(cases: list, mode: str, cell) -> str:
 
 def choice_table(cases: list) -> str:
     """Markdown: a line for each size."""
-    names = ('folded', 'applied', 'chosen')
-    head = ['C', 'N', *(f'{name}, ms' for name in names), 'chosen / better']
+    names = ('direct', 'gram', 'auto')
+    head = ['C', 'N', *(f'{name}, ms' for name in names), 'auto / better']
     lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
     for case in cases:
         cells = [str(case['c']), str(case['n'])]
@@ -511,7 +510,9 @@ def main() -> None:
             )
     if (args.out / 'choice.json').exists():
         cases = json.loads((args.out / 'choice.json').read_text())
-        print('\nfused: weights folded, or the branch applied to the map\n')
+        print(
+            '\nfused, forward: both forms and the choice, where N is small\n'
+        )
         print(choice_table(cases))
     shapes = [
         args.out / 'backbone_{}x{}.json'.format(*s) for s in BACKBONES_AT
