@@ -93,8 +93,9 @@ def fuse_poly_nl(
     For inference (default), call ``model.eval()`` and load the checkpoint
     first. The fused layers hold constants instead of parameters and can not
     be trained. A state dict of the fused model fits the fused model only.
-    mmcv's ``fuse_conv_bn`` may be applied before or after. Where the
-    convolution is wide and its output narrow (the upper laterals of an FPN),
+    mmcv's ``fuse_conv_bn`` may be applied before or after; not at all where a
+    block stands between a convolution and its norm. Where the convolution is
+    wide and its output narrow (the upper laterals of an FPN),
     it is still the output that the layer is computed from.
 
     With ``trainable=True``, parameters, their names and their gradients are

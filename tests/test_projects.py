@@ -112,6 +112,35 @@ def test_layers_of_small_sizes(tmp_path):
         assert 'Poly-NL, fused' in picture
 
 
+def test_models_as_the_tool_takes_them(scaling, monkeypatch, tmp_path):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    root = SCALING.parents[2]
+    tool = runpy.run_path(str(root / 'tools' / 'benchmark_model.py'))
+    calls = []
+
+    def run(command, cwd, **kwargs):
+        assert command[1] == 'tools/benchmark_model.py' and cwd == root
+        monkeypatch.setattr(sys, 'argv', command[1:])
+        calls.append(tool['parse_args']())
+        return subprocess.CompletedProcess(command, 0, stdout='')
+
+    monkeypatch.setattr(subprocess, 'run', run)
+    args = SimpleNamespace(out=tmp_path, device='cpu')
+    scaling['measure_models'](args)
+    assert [args.shape for args in calls] == [
+        *([512, 512], [800, 1344], [800, 1344])
+    ]
+    assert [args.modes for args in calls] == [
+        *(('forward',), ('forward',), ['training'])
+    ]
+    for args in calls:
+        assert args.fuse and len(args.configs) >= 3
+        assert Path(args.json).parent == tmp_path
+        for config in args.configs:
+            assert (root / config).exists()
+
+
 def test_bars_by_placement(scaling, tmp_path):
     row = dict(
         contenders={

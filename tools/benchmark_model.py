@@ -22,8 +22,8 @@ stages and ``norm_eval`` are as the config says.
 With --fuse, every model that has Poly-NL layers behind a 1x1 convolution
 stands there once more, computing them from the convolution's input
 (polynl_mm.fuse_poly_nl); with --forms, once more in that form, while "auto"
-is what it has otherwise; with --fuse-conv-bn, every model once more with its
-convolutions and BatchNorms made one by mmcv, for the forward only.
+is what it has otherwise; with --fuse-conv-bn, all but those once more with
+their convolutions and BatchNorms made one by mmcv, for the forward only.
 
 FLOPs are those of the forward's products: convolutions, linear layers,
 attention. Each multiply-add is two, while the tables of mmdet and mmseg count
@@ -436,7 +436,7 @@ def variants(args) -> list[Variant]:
         if args.fuse and fuse_poly_nl(model)[1].fused:
             found.append(Variant(config, fuse=True))
     if args.fuse_conv_bn:
-        found += [replace(variant, conv_bn=True) for variant in found]
+        found += [replace(v, conv_bn=True) for v in found if not v.form]
     return found
 
 

@@ -267,10 +267,11 @@ def measure_models(args) -> None:
     def run(name, shape, configs, *options):
         print(f'{name}: started', flush=True)
         done = subprocess.run(
-            [sys.executable, 'tools/benchmark_model.py', '--shape']
-            + [*map(str, shape), '--device', args.device, '--fuse']
-            + ['--json', str((args.out / name).resolve()), *options]
-            + [COCO.format(config) for config in configs],
+            [sys.executable, 'tools/benchmark_model.py']
+            + [COCO.format(config) for config in configs]
+            + ['--shape', *map(str, shape), '--device', args.device]
+            + ['--json', str((args.out / name).resolve()), '--fuse']
+            + [*options],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
@@ -283,14 +284,14 @@ def measure_models(args) -> None:
             'backbone_{}x{}.json'.format(*shape),
             shape,
             configs,
-            *('--backbone', '--fuse-conv-bn', '--turns', '6'),
+            *('--backbone', '--fuse-conv-bn', '--turns', '5'),
             *('--forms', 'direct', 'gram'),
         )
     run(
         'training_800x1344.json',
         (800, 1344),
         ['plain', 'polynl-c3-c5', 'gc-c3-c5'],
-        *('--modes', 'training', '--turns', '6', '--forms', 'direct'),
+        *('--modes', 'training', '--turns', '5', '--forms', 'direct'),
     )
 
 
@@ -349,11 +350,11 @@ def draw_layers(cases: list, axis: str, path: Path) -> None:
                 if case['mode'] == mode and case[other] == held
             ]
             for name in BLOCKS:
-                points = [
+                points = sorted(
                     (case[axis], figure_of(case['contenders'][name], what))
                     for case in chosen
                     if name in case['contenders']
-                ]
+                )
                 style = dict(color='0.5', ls='--') if name == UNIT else {}
                 wide = 2.5 if name == FUSED else 1.3
                 ax.loglog(
@@ -368,7 +369,9 @@ def draw_layers(cases: list, axis: str, path: Path) -> None:
             ax.grid(alpha=0.3)
     for ax in panels[1]:
         ax.set_xlabel({'n': 'positions N', 'c': 'channels C'}[axis])
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc='outside right'
+    )
     figure.suptitle(f'Convolution, norm and block, {other.upper()} = {held}')
     save(figure, path)
 
@@ -399,7 +402,8 @@ def draw_models(out: Path, path: Path) -> None:
             label = f'{PLACEMENTS[place]}: {block}'
             if label not in labels:
                 labels.append(label)
-            color = 'C3' if block == FUSED else 'C0'
+            color = 'C0' if block.startswith('Poly-NL') else '0.6'
+            color = 'C2' if block == FUSED else color
             ax.barh(labels.index(label), value, xerr=half, color=color)
             ax.text(
                 value + half,
