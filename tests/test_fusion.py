@@ -919,3 +919,19 @@ def test_compiled_in_one_graph(size, trainable):
         truth(x), [x, *truth.parameters()][: len(wanted)], dy
     )
     assert_near(gots, wants, 1e-10)
+
+
+@pytest.mark.skipif(OLD_TORCH, reason='torch.compile came of age in 2.5')
+@pytest.mark.parametrize('how', ['as it is', 'inference', 'training'])
+def test_backbone_compiled_in_one_graph(how):
+    torch._dynamo.reset()
+    model = trained(fused=how == 'training')
+    if how != 'training':
+        model.eval()
+    truth = copy.deepcopy(model)
+    if how == 'inference':
+        assert not fuse_poly_nl(model)[1].left
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    x = torch.randn(1, 3, 64, 96).double()
+    with torch.set_grad_enabled(how == 'training'):
+        assert_near(compiled(x), truth(x), 1e-10)
