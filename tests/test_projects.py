@@ -145,10 +145,13 @@ def test_bars_by_placement(scaling, tmp_path):
     row = dict(
         contenders={
             scaling['COCO'].format(config) + variant: dict(
-                relative=dict(forward=[value, 0.01])
+                relative=dict(forward=[value, 0.01]),
+                multiply_adds=value * 1e9,
+                forward=[value, 2 * value, value],
             )
             for config, variant, value in (
                 ('plain', '', 1),
+                ('plain', ' (conv-bn)', 0.7),
                 ('polynl-c4', '', 1.375),
                 ('polynl-c4', ' (fused)', 1.125),
                 ('polynl-c4', ' (fused, conv-bn)', 0.875),
@@ -156,10 +159,19 @@ def test_bars_by_placement(scaling, tmp_path):
             )
         }
     )
-    for shape in ('512x512', '800x1344'):
-        path = tmp_path / f'backbone_{shape}.json'
-        path.write_text(json.dumps(row))
-    scaling['draw_models'](tmp_path, tmp_path / 'bars.svg')
+    small = dict(contenders=dict(row['contenders']))
+    del small['contenders'][scaling['COCO'].format('gc-res4')]
+    table = scaling['backbones_table']([row, small])
+    c4 = 'every block of c4'
+    for line in (
+        '| plain | 1.0 | 1.00 ± 0.00 | 1.00 ± 0.00 |',
+        f'| Poly-NL, {c4} | 1.4 | 1.38 ± 0.00 |  | 1.4 | 1.38 ± 0.00 |  |',
+        f'| Poly-NL, fused, {c4} | 1.1 | 1.12 ± 0.00 | 1.25 ± 0.00 | 1.1 |',
+        '| ContextBlock, end of res4 | 1.2 | 1.25 ± 0.00 |  | left out |',
+    ):
+        assert line in table
+    assert table.endswith('(conv-bn): 700 ± 175 ms')
+    scaling['draw_models']([row, small], tmp_path / 'bars.svg')
     picture = (tmp_path / 'bars.svg').read_text()
     for text in (
         *('every block of c4: Poly-NL, fused', 'end of res4: ContextBlock'),

@@ -49,6 +49,7 @@ PLACEMENTS = {
     'c4': 'every block of c4',
     'res4': 'end of res4',
 }
+PLAIN = COCO.format('plain')
 BACKBONES = ['plain'] + [
     f'{block}-{place}' for place in PLACEMENTS for block in ('polynl', 'gc')
 ]
@@ -326,14 +327,75 @@ def choice_table(cases: list) -> str:
     return '\n'.join(lines)
 
 
+def number(value: float) -> str:
+    """Three digits."""
+    return f'{value:.0f}' if value >= 1000 else f'{value:.3g}'
+
+
+def with_spread(value: float, half: float) -> str:
+    """The spread to its first digit."""
+    return f'{number(value)} ± ' + (
+        f'{half:.0f}' if half >= 9.5 else f'{half:.1g}'
+    )
+
+
 CELLS = {
-    'time, ms': lambda x: '{:.3g} ± {:.1g}'.format(
-        *(1e3 * t for t in x['seconds'])
-    ),
-    'peak, MiB': lambda x: f'{x["peak_bytes"] / 2**20:.3g}',
+    'time, ms': lambda x: with_spread(*(1e3 * t for t in x['seconds'])),
+    'peak, MiB': lambda x: number(x['peak_bytes'] / 2**20),
     'GB/s': lambda x: f'{x["least_bytes"] / x["seconds"][0] / 1e9:.3g}',
     'GFLOP/s': lambda x: f'{x["flops"] / x["seconds"][0] / 1e9:.0f}',
 }
+
+
+def backbones_table(rows: list) -> str:
+    """Markdown: a line for each block and place, columns for each shape."""
+    head = ['ResNet-50']
+    for shape in BACKBONES_AT:
+        head += ['{} × {}: multiply-adds, G'.format(*shape), 'time']
+        head.append('both after `fuse_conv_bn`')
+    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+    found = {
+        f'{block}, {PLACEMENTS[place]}': key
+        for place in PLACEMENTS
+        for row in rows
+        for key in row['contenders']
+        for block in [block_of(key, place)]
+        if block
+    }
+    for label, key in {'plain': PLAIN, **found}.items():
+        cells = [label]
+        for row in rows:
+            if key not in row['contenders']:
+                cells += ['left out', '', '']
+                continue
+            cells.append(
+                f'{row["contenders"][key]["multiply_adds"] / 1e9:.1f}'
+            )
+            for name, unit in (
+                (key, PLAIN),
+                (after_conv_bn(key), after_conv_bn(PLAIN)),
+            ):
+                cells.append(
+                    '{:.2f} ± {:.2f}'.format(
+                        *bench.relative(row, name, 'forward', unit)
+                    )
+                    if name in row['contenders']
+                    else ''
+                )
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    for row in rows:
+        lines.append('')
+        for key in (PLAIN, after_conv_bn(PLAIN)):
+            ms = (1e3 * t for t in bench.seconds(row, key, 'forward'))
+            lines.append(f'{key}: {with_spread(*ms)} ms')
+    return '\n'.join(lines)
+
+
+def after_conv_bn(key: str) -> str:
+    """The name of the same model with norms folded."""
+    if key.endswith(')'):
+        return key[:-1] + ', conv-bn)'
+    return key + ' (conv-bn)'
 
 
 def draw_layers(cases: list, axis: str, path: Path) -> None:
@@ -383,14 +445,12 @@ def figure_of(contender: dict, what: str) -> float:
     return contender['peak_bytes'] / 2**20
 
 
-def draw_models(out: Path, path: Path) -> None:
+def draw_models(rows: list, path: Path) -> None:
     """Bars: time of a backbone in units of the plain one, by placement."""
     figure = Figure(figsize=(10, 7), layout='constrained')
     panels = figure.subplots(1, len(BACKBONES_AT), sharey=True)
     labels = []
-    for ax, shape in zip(panels, BACKBONES_AT):
-        name = 'backbone_{}x{}.json'.format(*shape)
-        row = json.loads((out / name).read_text())
+    for ax, shape, row in zip(panels, BACKBONES_AT, rows):
         bars = [
             (place, block, value['relative']['forward'])
             for place in PLACEMENTS
@@ -518,11 +578,12 @@ def main() -> None:
             '\nfused, forward: both forms and the choice, where N is small\n'
         )
         print(choice_table(cases))
-    shapes = [
-        args.out / 'backbone_{}x{}.json'.format(*s) for s in BACKBONES_AT
-    ]
-    if all(path.exists() for path in shapes):
-        draw_models(args.out, args.out / 'placement.svg')
+    paths = [args.out / 'backbone_{}x{}.json'.format(*s) for s in BACKBONES_AT]
+    if all(path.exists() for path in paths):
+        rows = [json.loads(path.read_text()) for path in paths]
+        print('\nbackbones, forward, in units of the plain one\n')
+        print(backbones_table(rows))
+        draw_models(rows, args.out / 'placement.svg')
 
 
 if __name__ == '__main__':
