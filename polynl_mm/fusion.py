@@ -86,17 +86,16 @@ def fuse_poly_nl(
     Exact, see "behind a 1x1 convolution" in :mod:`polynl_mm.ops`. Found are
     layers that take the output of a 1x1 convolution with or without an
     evaluated BatchNorm: plug-ins ``after_conv3`` of the bottlenecks of mmdet
-    and mmseg, blocks that :func:`polynl_mm.insertion.insert_blocks` put after
-    such a convolution or ``ConvModule`` (laterals of an FPN), and items of a
-    Sequential.
+    and mmseg, blocks that ``polynl_mm.Insert`` put after such a convolution or
+    ``ConvModule`` (laterals of an FPN), and items of a Sequential.
 
     For inference (default), call ``model.eval()`` and load the checkpoint
     first. The fused layers hold constants instead of parameters and can not
     be trained. A state dict of the fused model fits the fused model only.
     mmcv's ``fuse_conv_bn`` may be applied before or after; not at all where a
     block stands between a convolution and its norm. Where the convolution is
-    wide and its output narrow (the upper laterals of an FPN),
-    it is still the output that the layer is computed from.
+    wide and its output narrow (the upper laterals of an FPN), it is still the
+    output that the layer is computed from.
 
     With ``trainable=True``, parameters, their names and their gradients are
     those of the model as it was, and so are its checkpoints. Call
@@ -113,7 +112,16 @@ def fuse_poly_nl(
 
     Returns:
         tuple: ``model`` and the report.
+
+    Raises:
+        TypeError: If ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f'fuse_poly_nl: expected a module, got {type(model).__name__}'
+            " (train() and eval() of the hosts' backbones return None: call "
+            'them in a line of their own)'
+        )
     report = FusionReport()
     modules = _Modules(model)
     for site in list(modules.sites()):

@@ -49,7 +49,7 @@ batch for the parameters):
         \bar\beta = g^T t, \quad
         \bar W_3 = \beta \bar M \operatorname{diag}(g) \\
     \bar W_1 &= \operatorname{diag}(\bar g) W_2 S, \quad
-        \bar W_2 = \operatorname{diag}(\bar g) W_1 S      && 2C^3 \\
+        \bar W_2 = \operatorname{diag}(\bar g) W_1 S      && C^3 \\
     \bar S &= W_1^T \operatorname{diag}(\bar g) W_2       && C^3 \\
     \bar X &= M^T \bar Y + (\bar S + \bar S^T) X / N      && 2NC^2
 

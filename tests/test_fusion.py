@@ -935,3 +935,9 @@ def test_backbone_compiled_in_one_graph(how):
     x = torch.randn(1, 3, 64, 96).double()
     with torch.set_grad_enabled(how == 'training'):
         assert_near(compiled(x), truth(x), 1e-10)
+
+
+def test_no_module():
+    backbone = build(RESNET)
+    with pytest.raises(TypeError, match='got NoneType .*return None'):
+        fuse_poly_nl(backbone.eval())

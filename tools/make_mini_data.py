@@ -2,7 +2,7 @@
 
     python tools/make_mini_data.py wider_face --out data/mini_wider --seed 0
     python tools/make_mini_data.py coco --out data/mini_coco --seed 0
-    python tools/make_mini_data.py cityscapes --out data/mini_city --seed 0
+    python tools/make_mini_data.py cityscapes --out data/mini_cityscapes
 
 Everything comes from files that installed packages ship, so nothing is
 downloaded: 100 face and 100 other patches of Labeled Faces in the Wild
