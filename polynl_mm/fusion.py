@@ -174,8 +174,8 @@ class FusedPolyNL(nn.Module):
         *weights, b1, b2, b3 = layer.matrices()
         # Made once: in double precision, so that rounding them adds nothing.
         w1, w2, w3 = (w.double() for w in weights)
-        # For many positions: a second moment of H against two products of X.
-        self.behind = self.in_channels**2 < 2 * self.out_channels**2
+        # The constants are for either way; what counts are large maps.
+        self.behind = behind_pays(sys.maxsize, a.shape[1], len(a), False)
         if self.behind:
             w1, w2, b1, b2 = project(a, b, w1, w2, b1, b2)
         values = (a, b, w1, w2, w3, layer.alpha, layer.beta, b1, b2, b3)
@@ -227,7 +227,7 @@ class _FromInput:
         layer, (conv, norm) = self.layer, self.parts()
         n = sys.maxsize if is_for_every_size() else math.prod(h.shape[2:])
         if (
-            not behind_pays(n, conv.in_channels, conv.out_channels)
+            not behind_pays(n, conv.in_channels, conv.out_channels, True)
             or getattr(norm, 'training', False)
             or conv.weight.dtype in (torch.float16, torch.bfloat16)
         ):

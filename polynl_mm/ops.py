@@ -233,17 +233,22 @@ def choose_form(n: int, c: int, backward: bool, itemsize: int = 4) -> str:
     return 'gram' if gram <= direct else 'direct'
 
 
-def behind_pays(n: int, c: int, out: int) -> bool:
-    """Whether a training step of the layer costs less from H than from X.
+def behind_pays(n: int, c: int, out: int, backward: bool) -> bool:
+    """Whether the layer costs less from H than from X.
 
-    Counts the multiply-adds, forward and backward, besides those of the
-    convolution: 3 of :func:`project` and 6 of the folded weight in C^2 c.
+    Counts the multiply-adds besides those of the convolution. In a step of
+    training, 3 of :func:`project` and 6 of the folded weight are C^2 c; for
+    inference :func:`project` was called once and for all.
 
     Args:
         n (int): Positions per image. c, out (int): Channels of H and of X.
+        backward (bool): Whether a gradient will be wanted.
     """
-    behind = 9 * out**2 * c + 3 * out * c**2 + 2 * n * c**2
-    return behind < min(9 * n * out**2, 5 * n * out**2 + 3 * out**3)
+    if backward:
+        behind = 9 * out**2 * c + 3 * out * c**2 + 2 * n * c**2
+        return behind < min(9 * n * out**2, 5 * n * out**2 + 3 * out**3)
+    behind = out**2 * c + out * c**2 + n * c**2
+    return behind < min(3 * n * out**2, 2 * n * out**2 + out**3)
 
 
 def project(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from mmcv.cnn import ConvModule
 from mmcv.cnn.utils import fuse_conv_bn
+from mmdet.models.backbones.resnet import Bottleneck
 from mmengine.runner.checkpoint import load_state_dict
 from test_insertion import HOSTS, RESNET, build, inputs
 from test_insertion import quiet_and_quick as quiet_and_quick  # a fixture
@@ -365,6 +366,14 @@ class Rectified(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+class OwnBottleneck(Bottleneck):
+    """As that of mmdet in its attributes, not in its forward."""
+
+    def forward(self, x):
+        x = self.norm3(self.conv3(x)).relu()
+        return self.forward_plugin(x, self.after_conv3_plugin_names)
+
+
 def shared_conv():
     conv = nn.Conv2d(4, 4, 1)
     return nn.Sequential(conv, nn.ReLU(), conv, PolyNL2d(4))
@@ -487,6 +496,12 @@ LEFT = {
     'subclass': (
         lambda: nn.Sequential(nn.Conv2d(4, 6, 1), Tripled(6)),
         'Tripled has a forward of its own',
+    ),
+    "bottleneck of one's own": (
+        lambda: OwnBottleneck(
+            16, 4, plugins=[dict(cfg=POLY, position='after_conv3')]
+        ),
+        'no 1x1 convolution is known',
     ),
     'efficient': (lambda: efficient('0'), 'efficient_conv_bn_eval'),
     'efficient within': (

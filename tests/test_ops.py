@@ -690,18 +690,21 @@ def test_behind_takes_the_cheaper_form(c, out):
 
 
 @pytest.mark.parametrize(
-    'n, c, out, pays',
+    'n, c, out, training, inference',
     [
-        (60, 64, 256, False),
-        (80, 64, 256, True),
-        (100, 64, 64, False),
-        (250, 64, 64, True),
-        (10**9, 64, 48, True),
-        (10**9, 64, 32, False),
+        (10, 64, 256, False, False),
+        (60, 64, 256, False, True),
+        (80, 64, 256, True, True),
+        (100, 64, 64, False, True),
+        (250, 64, 64, True, True),
+        (10**9, 64, 48, True, True),
+        (10**9, 64, 44, True, False),
+        (10**9, 64, 32, False, False),
     ],
 )
-def test_when_it_pays_in_training(n, c, out, pays):
-    assert behind_pays(n, c, out) == pays
+def test_when_it_pays(n, c, out, training, inference):
+    assert behind_pays(n, c, out, backward=True) == training
+    assert behind_pays(n, c, out, backward=False) == inference
 
 
 @both_forms

@@ -83,6 +83,16 @@ def test_operations(scaling):
     assert count('NonLocal2d', c, 1024, 'training') == bench.flops(call)
 
 
+def test_what_is_left_out(scaling):
+    def fits(name, n):
+        return scaling['fits'](name, 256, n, 'cpu')
+
+    for name in ('Poly-NL, direct', 'ContextBlock', 'efficient attention'):
+        assert fits(name, 512**2)
+    for name in ('NonLocal2d', 'NonLocal2d, SDPA'):
+        assert fits(name, 64**2) and not fits(name, 512**2)
+
+
 def test_layers_of_small_sizes(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCALING), '--out', str(tmp_path)]
