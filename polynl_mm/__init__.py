@@ -1,17 +1,31 @@
 """Poly-NL, a non-local layer of linear complexity, for OpenMMLab models.
 
-The package itself imports nothing until :func:`fuse_poly_nl` is asked for:
-:mod:`polynl_mm.ops` needs only torch,
-:mod:`polynl_mm.layers` needs mmengine and mmcv, and what is bound to mmdet or
-mmseg is imported only where that host is installed.
+The package itself imports nothing until one of its names is asked for.
+:mod:`polynl_mm.ops` and :mod:`polynl_mm.layers` need only torch,
+:mod:`polynl_mm.insertion` and :mod:`polynl_mm.fusion` mmengine, and what is
+bound to mmdet or mmseg is imported only where that host is installed.
 """
+
+from importlib import import_module
 
 __version__ = '0.1.0'
 
+_HOME_OF = {
+    'Params': '.ops',
+    'PolyNL1d': '.layers',
+    'PolyNL2d': '.layers',
+    'PolyNL3d': '.layers',
+    'fuse_poly_nl': '.fusion',
+    'insert_blocks': '.insertion',
+    'poly_nl': '.ops',
+}
+
 
 def __getattr__(name: str):
-    if name == 'fuse_poly_nl':
-        from .fusion import fuse_poly_nl
-
-        return fuse_poly_nl
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name], __name__), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME_OF])

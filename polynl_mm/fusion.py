@@ -5,48 +5,40 @@ model, and how the layer takes over what the convolution and its norm did:
 
 - for inference, all three become one module in the place of the layer, with
   the constants made once, and the convolution and the norm become identities;
-- for training, all stay what they are, under their names and with their
-  parameters; convolution and norm pass their input through, and the layer
-  reads their parameters.
+- for training, all stay where they are, under their names and with their
+  parameters; convolution and norm become modules that pass their input
+  through, and the layer has them for its ``source``.
 """
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
-from mmcv.cnn import ConvModule
-from mmcv.cnn.bricks import wrappers
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .insertion import inserted_after
-from .layers import PolyNL
-from .ops import (
-    behind_pays,
-    conv1x1,
-    is_for_every_size,
-    no_autocast,
-    poly_nl,
-    poly_nl_behind,
-    project,
-)
+from .insertion import inserted_after, norms_of_convs
+from .layers import PolyNL, StateDictMismatch
+from .ops import Conv, Params, poly_nl, poly_nl_behind, project
+from .ops.choice import BEHIND, ON_X, choose
+from .ops.precision import HALF, convolution
+
+try:
+    from mmcv.cnn import ConvModule
+    from mmcv.cnn.bricks import wrappers
+except ImportError:  # then no model has such modules
+    ConvModule, _MMCV_CONVS = None, ()
+else:
+    _MMCV_CONVS = (wrappers.Conv2d, wrappers.Conv3d)
 
 __all__ = ['FusedPolyNL', 'FusionReport', 'fuse_poly_nl']
 
 _CONV_FORWARDS = {
-    kind.forward
-    for kind in (
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        wrappers.Conv2d,
-        wrappers.Conv3d,
-    )
+    kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_MMCV_CONVS)
 }
 _NORM_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 
@@ -92,19 +84,18 @@ def fuse_poly_nl(
     For inference (default), call ``model.eval()`` and load the checkpoint
     first. The fused layers hold constants instead of parameters and can not
     be trained. A state dict of the fused model fits the fused model only.
-    mmcv's ``fuse_conv_bn`` may be applied before or after; not at all where a
-    block stands between a convolution and its norm. Where the convolution is
-    wide and its output narrow (the upper laterals of an FPN), it is still the
-    output that the layer is computed from.
+    mmcv's ``fuse_conv_bn`` may be applied before or after. Where the
+    convolution is wide and its output narrow (the upper laterals of an FPN),
+    it is still the output that the layer is computed from.
 
     With ``trainable=True``, parameters, their names and their gradients are
     those of the model as it was, and so are its checkpoints. Call
     ``model.train()`` first: a BatchNorm that then uses the statistics of the
     batch (``norm_eval=False``) is left alone. Where the shapes are such that
-    it would not pay (:func:`polynl_mm.ops.behind_pays`), or a BatchNorm is
-    set to training later, the layer runs unfused. No SyncBN may be converted
-    or reverted afterwards. A second call without ``trainable`` fuses such a
-    model for inference.
+    it would not pay (:func:`polynl_mm.ops.choice.choose`), or a BatchNorm is
+    set to training later, the layer runs unfused. Where a SyncBN is converted
+    or reverted afterwards, the next forward is refused. A second call without
+    ``trainable`` fuses such a model for inference.
 
     Args:
         model: Changed in place. What is fused already may be fused again.
@@ -126,12 +117,12 @@ def fuse_poly_nl(
     modules = _Modules(model)
     for site in list(modules.sites()):
         path, layer = modules.path(site), site.get()
-        linked = isinstance(layer.forward, _FromInput)
+        linked = not isinstance(layer, FusedPolyNL) and layer.source
         if isinstance(layer, FusedPolyNL) or (linked and trainable):
             report.fused.append(path)
             continue
         if linked:
-            layer.forward.unlink()
+            linked.unlink()
         try:
             conv, norm = modules.before(site)
             modules.check(site, conv, norm)
@@ -141,60 +132,64 @@ def fuse_poly_nl(
             report.left[path] = str(reason)
             continue
         report.fused.append(path)
-        (_link if trainable else _fold)(site, conv, norm)
+        if trainable:
+            _Source(layer, conv, norm)
+        else:
+            _fold(site, conv, norm)
     return model, report
 
 
 class FusedPolyNL(nn.Module):
     """A Poly-NL layer and the 1x1 convolution before it, for inference.
 
-    Made by :func:`fuse_poly_nl`. Its buffers are the arguments of
-    :func:`polynl_mm.ops.poly_nl_behind` of the same names, or, where the
-    convolution makes few channels of many, of its matrix and
-    :func:`polynl_mm.ops.poly_nl`.
+    Made by :func:`fuse_poly_nl`. Its buffers are a and b of the convolution
+    and the members of :class:`polynl_mm.ops.Params` by their names; w1, w2,
+    b1 and b2 those of the convolution's input, but where it makes few channels
+    of many.
 
     Args:
         layer (PolyNL): The layer.
-        a, b (Tensor): Weight (C, c) and shift (C,) of the convolution with
-            its norm.
+        conv (Conv): The convolution with its norm.
 
     Shape:
         - input: (B, c, \\*spatial), what the convolution was given.
         - output: (B, C, \\*spatial). It owns its memory.
 
     Raises:
-        RuntimeError: When a state dict is loaded that holds the layer as it
-            was before.
+        StateDictMismatch: When a state dict is loaded that holds the layer as
+            it was before.
     """
 
-    def __init__(self, layer: PolyNL, a: Tensor, b: Tensor) -> None:
+    def __init__(self, layer: PolyNL, conv: Conv) -> None:
         """Make the constants; see the class."""
         super().__init__()
-        self.out_channels, self.in_channels = a.shape
-        *weights, b1, b2, b3 = layer.matrices()
+        self.pool = layer.pool
+        self.out_channels, self.in_channels = conv.a.shape
         # Made once: in double precision, so that rounding them adds nothing.
-        w1, w2, w3 = (w.double() for w in weights)
+        p = Params(*(None if t is None else t.double() for t in layer.params))
         # The constants are for either way; what counts are large maps.
-        self.behind = behind_pays(sys.maxsize, a.shape[1], len(a), False)
+        self.behind = choose(
+            BEHIND + ON_X, None, *conv.a.shape[::-1], backward=False
+        ).behind
         if self.behind:
-            w1, w2, b1, b2 = project(a, b, w1, w2, b1, b2)
-        values = (a, b, w1, w2, w3, layer.alpha, layer.beta, b1, b2, b3)
-        for name, value in zip(_ARGUMENTS, values):
+            p = project(conv, p)
+        for name, value in (*conv._asdict().items(), *p._asdict().items()):
             if value is not None:
                 value = value.detach().to(layer.alpha.dtype, copy=True)
             self.register_buffer(name, value)
 
     def forward(self, h: Tensor) -> Tensor:
         """Shape: (B, in_channels, \\*spatial) -> (B, out_channels, ...)."""
-        a, b, *params = (getattr(self, name) for name in _ARGUMENTS)
+        conv = Conv(self.a, self.b)
+        p = Params(*(getattr(self, name) for name in Params._fields))
         if self.behind:
-            return poly_nl_behind(h, a, b, *params)
-        return poly_nl(conv1x1(h, a, b), *params)
+            return poly_nl_behind(h, conv, p, pool=self.pool)
+        return poly_nl(convolution(h, *conv), p, pool=self.pool)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Raised, not collected: mmengine only logs what is collected.
         if f'{prefix}w1.weight' in state_dict:
-            raise RuntimeError(
+            raise StateDictMismatch(
                 f'{prefix[:-1]!r} is fused with the convolution before it, '
                 'and the state dict is of a model that is not: load it '
                 'before fuse_poly_nl'
@@ -208,67 +203,95 @@ class FusedPolyNL(nn.Module):
         )
 
 
-_ARGUMENTS = ('a', 'b', 'w1', 'w2', 'w3', 'alpha', 'beta', 'b1', 'b2', 'b3')
-
-
-class _FromInput:
-    """Forward of a layer in training: reads its convolution and its norm."""
+class _Source:
+    """The convolution and the norm before a layer, in training."""
 
     def __init__(self, layer: PolyNL, conv: _Site, norm: _Site | None):
         # Places: fuse_conv_bn exchanges a norm.
-        self.layer, self.places = layer, (conv, norm)
+        self.layer, self.conv, self.norm = layer, conv, norm
         self.in_channels = conv.get().in_channels
-
-    def parts(self) -> tuple[_ConvNd, nn.Module | None]:
-        conv, norm = self.places
-        return conv.get(), norm and norm.get()
-
-    def __call__(self, h: Tensor) -> Tensor:
-        layer, (conv, norm) = self.layer, self.parts()
-        n = sys.maxsize if is_for_every_size() else math.prod(h.shape[2:])
-        if (
-            not behind_pays(n, conv.in_channels, conv.out_channels, True)
-            or getattr(norm, 'training', False)
-            or conv.weight.dtype in (torch.float16, torch.bfloat16)
-        ):
-            # A 1d layer after a 2d convolution is given (B, c, N).
-            ones = (1,) * (len(conv.kernel_size) + 2 - h.dim())
-            x = type(conv).forward(conv, h.reshape(*h.shape, *ones))
-            x = x if norm is None else type(norm).forward(norm, x)
-            x = x.reshape(*x.shape[:2], *h.shape[2:])
-            return type(layer).forward(layer, x)
-        w1, w2, w3, b1, b2, b3 = layer.matrices()
-        with no_autocast(h):
-            a, b = _as_affine(conv, norm)
-            w1, w2, b1, b2 = project(a, b, w1, w2, b1, b2)
-        return poly_nl_behind(
-            h, a, b, w1, w2, w3, layer.alpha, layer.beta, b1, b2, b3
-        )
+        layer.source = self
+        for place in filter(None, (conv, norm)):
+            module = place.get()
+            module.__class__ = _passing(type(module))
+            module.source = self
 
     def unlink(self) -> None:
-        """Give all three their own forward back."""
-        for module in (self.layer, *self.parts()):
-            if module is not None:
-                vars(module).pop('forward', None)
+        """Make all three what they were."""
+        self.layer.source = None
+        for place in filter(None, (self.conv, self.norm)):
+            module = place.get()
+            if isinstance(module, _Passing):
+                del module.source
+                module.__class__ = module.kind
+
+    def check(self) -> tuple[nn.Module, nn.Module | None]:
+        """Give convolution and norm.
+
+        Raises:
+            RuntimeError: Another module stands in the place of one of them.
+        """
+        conv, norm = self.conv.get(), self.norm and self.norm.get()
+        for module in (conv, norm):
+            # An Identity is what fuse_conv_bn leaves of a norm.
+            if not isinstance(module, (_Passing, nn.Identity, type(None))):
+                raise RuntimeError(
+                    f'a {type(module).__name__} has taken the place of a '
+                    'convolution or norm that fuse_poly_nl(trainable=True) '
+                    'had fused with a Poly-NL layer: convert to or from '
+                    'SyncBN before it is called'
+                )
+        return conv, norm
+
+    def as_conv(self) -> Conv | None:
+        """A and b, unless the norm uses the statistics of the batch."""
+        conv, norm = self.check()
+        if getattr(norm, 'training', False) or conv.weight.dtype in HALF:
+            return None
+        return _as_conv(conv, norm)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Shape: (B, c, \\*spatial) -> (B, C, \\*spatial)."""
+        conv, norm = self.check()
+        # A 1d layer after a 2d convolution is given (B, c, N).
+        ones = (1,) * (len(conv.kernel_size) + 2 - h.dim())
+        x = conv.own_forward(h.reshape(*h.shape, *ones))
+        if isinstance(norm, _Passing):
+            x = norm.own_forward(x)
+        return x.reshape(*x.shape[:2], *h.shape[2:])
 
 
-def _pass(x: Tensor) -> Tensor:
-    """Forward of a convolution and a norm that a layer computes."""
-    return x
+class _Passing:
+    """Comes before the class of a module that a layer computes."""
+
+    kind: type
+    source: _Source
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.source.check()
+        return x
+
+    def own_forward(self, x: Tensor) -> Tensor:
+        return self.kind.forward(self, x)
+
+    def __reduce_ex__(self, protocol):
+        return _new_passing, (self.kind,), self.__dict__
 
 
-def _link(site: _Site, conv: _Site, norm: _Site | None) -> None:
-    layer = site.get()
-    layer.forward = _FromInput(layer, conv, norm)
-    for place in filter(None, (conv, norm)):
-        place.get().forward = _pass
+@cache
+def _passing(kind: type) -> type:
+    return type(f'Passing{kind.__name__}', (_Passing, kind), dict(kind=kind))
+
+
+def _new_passing(kind: type) -> nn.Module:
+    return nn.Module.__new__(_passing(kind))
 
 
 @torch.no_grad()
 def _fold(site: _Site, conv: _Site, norm: _Site | None) -> None:
     layer, old = site.get(), conv.get()
-    a, b = _as_affine(old, norm and norm.get(), torch.float64)
-    fused = FusedPolyNL(layer, a, b).train(layer.training)
+    made = _as_conv(old, norm and norm.get(), torch.float64)
+    fused = FusedPolyNL(layer, made).train(layer.training)
     site.set(fused)
     if norm:
         norm.set(nn.Identity())
@@ -281,21 +304,21 @@ def _fold(site: _Site, conv: _Site, norm: _Site | None) -> None:
     conv.set(identity)
 
 
-def _as_affine(
+def _as_conv(
     conv: _ConvNd, norm: nn.Module | None, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Conv:
     """A and b of a 1x1 convolution and an evaluated BatchNorm."""
     a = conv.weight.flatten(1).to(dtype)
     b = conv.bias
     b = a.new_zeros(len(a)) if b is None else b.to(dtype)
     if not isinstance(norm, _BatchNorm):  # none, or fuse_conv_bn was here
-        return a, b
+        return Conv(a, b)
     scale = torch.rsqrt(norm.running_var.to(a.dtype) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
     b = (b - norm.running_mean) * scale
     b = b if norm.bias is None else b + norm.bias
-    return a * scale.unsqueeze(1), b
+    return Conv(a * scale.unsqueeze(1), b)
 
 
 # ------------------------------------------------------------ where and why
@@ -365,7 +388,7 @@ class _Modules:
             if module not in self.places:
                 raise _Left('the convolution is the model itself')
             return self.places[module][0], None
-        if type(module).forward is not ConvModule.forward:
+        if not _is_conv_module(module):
             raise _Left(
                 f'it follows a {type(module).__name__}, not a 1x1 convolution'
             )
@@ -391,7 +414,7 @@ class _Modules:
         if norm:
             _check_norm(norm.get())
         parts = [place.get() for place in (site, conv, norm) if place]
-        if isinstance(conv.owner, ConvModule):
+        if ConvModule and isinstance(conv.owner, ConvModule):
             if conv.owner.efficient_conv_bn_eval_forward is not None:
                 raise _Left('efficient_conv_bn_eval computes the convolution')
             if conv.get() is not site.owner:  # it is between, too
@@ -422,6 +445,10 @@ def _of_a_host(module: nn.Module) -> bool:
     """Whether the forward is one of those we know: conv3, norm3, plugins."""
     home = type(module).forward.__module__.split('.')[0]
     return home in ('mmdet', 'mmseg') and hasattr(module, 'norm3_name')
+
+
+def _is_conv_module(module: nn.Module) -> bool:
+    return ConvModule and type(module).forward is ConvModule.forward
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -463,23 +490,9 @@ def _check_order(conv: _Site, norm: _Site | None) -> None:
     """Raise if ``fuse_conv_bn`` would go wrong without these two."""
     if norm is None or not isinstance(norm.get(), _BatchNorm):
         return
-    rest = _norms_of_convs(conv.owner, (conv.name, norm.name))
-    if not rest <= _norms_of_convs(conv.owner):
+    rest = norms_of_convs(conv.owner, (conv.name, norm.name))
+    if not rest.items() <= norms_of_convs(conv.owner).items():
         raise _Left(
             'without it, fuse_conv_bn would take the norm behind for that of '
             'another convolution: call fuse_conv_bn first'
         )
-
-
-def _norms_of_convs(owner: nn.Module, without=()) -> set[tuple[str, str]]:
-    """What mmcv's ``fuse_conv_bn`` takes for pairs, by names."""
-    pairs, last = set(), None
-    for name, child in owner.named_children():
-        if name in without:
-            continue
-        if isinstance(child, _BatchNorm):
-            pairs.add((last, name))
-            last = None
-        elif isinstance(child, nn.Conv2d):
-            last = name
-    return {pair for pair in pairs if pair[0]}

@@ -18,11 +18,10 @@ from functools import partial
 from itertools import chain
 
 import torch
-from mmcv.cnn import build_plugin_layer
 from mmengine import registry as root
 from mmengine.model import BaseModel
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .registry import MODELS
 
@@ -126,7 +125,8 @@ def insert_blocks(model: nn.Module, blocks: list[dict]) -> nn.Module:
                 'past all hooks: a block after it would never run; insert '
                 'after a module within'
             )
-        name, block, hook = _build(module, path, entry, calls[path])
+        owner = names[path.rpartition('.')[0]]
+        name, block, hook = _build(module, owner, path, entry, calls[path])
         if (module, name) in taken or hasattr(module, name):
             raise ValueError(
                 f'{path!r} has a {name!r} already: give the block another '
@@ -146,6 +146,28 @@ def inserted_after(module: nn.Module) -> list[str]:
     """Names of the blocks inserted after a module, in the order they run."""
     hooks = module._forward_hooks.values()
     return [hook.name for hook in hooks if isinstance(hook, _Hook)]
+
+
+def norms_of_convs(owner: nn.Module, without=()) -> dict[str, str]:
+    """Name of a convolution -> name of the norm that mmcv takes for its own.
+
+    mmcv's ``fuse_conv_bn`` goes by the order of the children.
+
+    Args:
+        owner: Their module.
+        without: Names of children that are passed over.
+    """
+    pairs, last = {}, None
+    for name, child in owner.named_children():
+        if name in without:
+            continue
+        if isinstance(child, _BatchNorm):
+            if last is not None:
+                pairs[last] = name
+            last = None
+        elif isinstance(child, nn.Conv2d):
+            last = name
+    return pairs
 
 
 def _type(module: nn.Module) -> str:
@@ -294,7 +316,13 @@ def _dry_run(model: nn.Module, paths: set) -> tuple[dict, set]:
     return calls, idle
 
 
-def _build(module: nn.Module, path: str, entry: dict, calls: list) -> tuple:
+def _build(
+    module: nn.Module,
+    owner: nn.Module,
+    path: str,
+    entry: dict,
+    calls: list,
+) -> tuple:
     """Name, block and hook of an entry, checked against the calls seen."""
     cfg = dict(entry['cfg'])
     postfix = cfg.pop('postfix', '')
@@ -308,8 +336,18 @@ def _build(module: nn.Module, path: str, entry: dict, calls: list) -> tuple:
         and 'in_channels' not in cfg
     ):
         cfg['in_channels'] = _channels(module, path, entry, calls)
+    # What only blocks from a config need: mmcv.
+    from mmcv.cnn import build_plugin_layer
+
     name, block = build_plugin_layer(cfg, postfix)
-    hook = _Hook(name, path, entry.get('item'), _axes(block))
+    norm = norms_of_convs(owner).get(path.rpartition('.')[2])
+    hook = _Hook(
+        name,
+        path,
+        entry.get('item'),
+        _axes(block),
+        None if norm is None else (owner, norm),
+    )
     if hook.axes == 3:
         raise ValueError(
             f'{cfg["type"]} after {path!r} has 3d convolutions; maps and '
@@ -353,17 +391,32 @@ def _axes(block: nn.Module) -> int | None:
 # --------------------------------------------------------------------- how
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Hook:
-    """Forward hook: the block ``name`` of a module, applied to its output."""
+    """Forward hook: the block ``name`` of a module, applied to its output.
+
+    ``norm`` is the place, a module and the name of its child, of the norm
+    that follows where the module is a convolution.
+    """
 
     name: str
     path: str
     item: int | None
     axes: int | None
+    norm: tuple[nn.Module, str] | None
 
     def __call__(self, module, args, kwargs, output):
         block = getattr(module, self.name)
+        if self.norm is not None and isinstance(module, nn.Conv2d):
+            owner, name = self.norm
+            if isinstance(owner._modules[name], nn.Identity):
+                raise RuntimeError(
+                    f'after {self.path!r}, {self.name!r} stands between a '
+                    f'convolution and its norm {name!r}, and fuse_conv_bn has '
+                    'moved the norm to the convolution, before the block: '
+                    'call fuse_conv_bn before the block is inserted, or not '
+                    'at all'
+                )
         index, shape = self.locate(module, block, args, kwargs, output)
         x = _items(output)[index]
         y = self.run(block, x, shape, getattr(module, 'batch_first', True))
@@ -379,9 +432,7 @@ class _Hook:
         index = _feature(self.path, self.item, output)
         x = _items(output)[index]
         channels = x.shape[_channel_axis(x)]
-        # A layer that fuse_poly_nl fused for training is given less.
         expected = getattr(block, 'in_channels', channels)
-        expected = getattr(block.forward, 'in_channels', expected)
         if channels != expected:
             raise ValueError(
                 f'after {self.path!r}, {self.name!r} was built with '

@@ -1,19 +1,51 @@
-"""Poly-NL as layers: the parameters, their initial values, one call to ops."""
+"""Poly-NL as layers: the parameters, their initial values, one call to ops.
+
+They need only torch; mmcv builds the norm of the branch where ``norm_cfg``
+asks for one. :mod:`polynl_mm.registry` makes them known to configs.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
-from mmcv.cnn import build_norm_layer
-from mmengine.model import constant_init, xavier_init
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .ops import FORMS, autocast_dtype, no_autocast, poly_nl
-from .registry import MODELS
+from .ops import FORMS, Conv, Params, poly_nl, poly_nl_behind, project
+from .ops.choice import BEHIND, ON_X, choose_for
+from .ops.precision import autocast_dtype, no_autocast
 
-__all__ = ['PolyNL', 'PolyNL1d', 'PolyNL2d', 'PolyNL3d']
+__all__ = [
+    'PolyNL',
+    'PolyNL1d',
+    'PolyNL2d',
+    'PolyNL3d',
+    'Source',
+    'StateDictMismatch',
+]
+
+
+class StateDictMismatch(RuntimeError):
+    """A state dict holds a Poly-NL layer in another guise than the model."""
+
+
+class Source(Protocol):
+    """The 1x1 convolution before a layer, with its norm, that it computes.
+
+    A layer that has one is given the input of the convolution, H
+    (B, in_channels, \\*spatial), in place of its output X.
+    """
+
+    in_channels: int
+
+    def as_conv(self) -> Conv | None:
+        """Give A and b where X = A H + b, None where it is not."""
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Compute X."""
 
 
 class PolyNL(nn.Module):
@@ -52,6 +84,12 @@ class PolyNL(nn.Module):
         form (str): ``'auto'``, ``'direct'`` or ``'gram'``, see
             :func:`polynl_mm.ops.poly_nl`. Parameters, checkpoints and results
             are the same in each.
+
+    Attributes:
+        pool (callable, optional): Given the gate (B, in_channels) of a call,
+            returns the one to go on with, see :func:`polynl_mm.ops.poly_nl`.
+        source (Source, optional): The convolution before, where the layer is
+            to compute it as well; what comes in is then the input of that.
 
     Shape:
         - input: (B, in_channels, \*spatial) of float16, bfloat16, float32 or
@@ -95,7 +133,8 @@ class PolyNL(nn.Module):
                 f'norm_cfg={norm_cfg} with zero_init_w3=True divides by the '
                 'spread of a branch that is zero; start with beta_init=0'
             )
-        self.in_channels = in_channels
+        self.pool: Callable[[Tensor], Tensor] | None = None
+        self.source: Source | None = None
         self.alpha_init = alpha_init
         self.beta_init = beta_init
         self.zero_init_w3 = zero_init_w3
@@ -116,6 +155,8 @@ class PolyNL(nn.Module):
             # To mmcv these names mean the two-dimensional ones.
             kind = f'{norm_cfg["type"]}{self._spatial_dims}d'
             norm_cfg = {**norm_cfg, 'type': kind}
+        from mmcv.cnn import build_norm_layer
+
         norm = build_norm_layer(norm_cfg, self.in_channels)[1]
         if isinstance(norm, nn.LayerNorm):
             raise ValueError(
@@ -134,14 +175,37 @@ class PolyNL(nn.Module):
     def init_weights(self) -> None:
         """Initial values; hosts call it after initialising their own."""
         for conv in (self.w1, self.w2, self.w3):
-            xavier_init(conv, distribution='normal')
+            nn.init.xavier_normal_(conv.weight)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
         if self.zero_init_w3:
-            constant_init(self.w3, 0)
+            nn.init.zeros_(self.w3.weight)
         nn.init.constant_(self.alpha, self.alpha_init)
         nn.init.constant_(self.beta, self.beta_init)
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of what :meth:`forward` takes."""
+        if self.source is not None:
+            return self.source.in_channels
+        return self.w1.in_channels
+
+    @property
+    def params(self) -> Params:
+        """W1, W2, W3, alpha, beta, b1, b2, b3 as the operation takes them."""
+        convs = (self.w1, self.w2, self.w3)
+        return Params(
+            *(conv.weight.flatten(1) for conv in convs),
+            self.alpha,
+            self.beta,
+            *(conv.bias for conv in convs),
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        """Shape: (B, in_channels, \\*spatial) -> the same."""
+        """Shape: (B, in_channels, \\*spatial) -> (B, C, \\*spatial).
+
+        C is ``in_channels`` but for a layer that has a source.
+        """
         if x.dim() != 2 + self._spatial_dims or (
             x.shape[1] != self.in_channels
         ):
@@ -153,40 +217,44 @@ class PolyNL(nn.Module):
                 'the host announced another channel count for this position '
                 "than it delivers; choose another, such as 'after_conv3'"
             )
-        matrices = self.matrices()
-        weights, biases = matrices[:3], matrices[3:]
+        if self.source is not None:
+            conv = self.source.as_conv()
+            forms, out = BEHIND + ON_X, self.w1.in_channels
+            if conv is not None and (
+                choose_for(x, forms, x.shape[1], out, backward=True).behind
+            ):
+                p = project(conv, self.params)
+                return poly_nl_behind(x, conv, p, pool=self.pool)
+            x = self.source(x)
         if self.norm is None:
-            scalars = (self.alpha, self.beta)
-            return poly_nl(x, *weights, *scalars, *biases, form=self.form)
+            return poly_nl(x, self.params, self.form, self.pool)
         # The branch is cubic in x: until it is normalised, it may exceed what
         # float16 holds, whatever the size of x and Y.
         dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):
-            tensors = [x, *weights, 0.0, 1.0, *biases]
-            tensors = [
-                t.to(dtype) if isinstance(t, Tensor) else t for t in tensors
-            ]
-            branch = poly_nl(*tensors, form=self.form)
+            p = self.params._replace(alpha=0.0, beta=1.0)
+            p = Params(
+                *(t.to(dtype) if isinstance(t, Tensor) else t for t in p)
+            )
+            branch = poly_nl(x.to(dtype), p, self.form, self.pool)
             like = next(self.norm.parameters(), branch)
             branch = self.norm(branch.to(like.dtype))
             y = self.alpha * x + self.beta * branch
         return y.to(autocast_dtype(x))
 
-    def matrices(self) -> tuple[Tensor | None, ...]:
-        """W1, W2, W3 of shape (C, C), b1, b2, b3 of shape (C,) or None."""
-        convs = (self.w1, self.w2, self.w3)
-        return (
-            *(conv.weight.flatten(1) for conv in convs),
-            *(conv.bias for conv in convs),
-        )
-
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Raised, not collected: mmengine only logs what is collected.
-        if f'{prefix}a' in state_dict and f'{prefix}w1' in state_dict:
-            raise RuntimeError(
+        own = self.state_dict()
+        others = [
+            key
+            for key in state_dict
+            if key.startswith(prefix) and key[len(prefix) :] not in own
+        ]
+        if others and f'{prefix}w1.weight' not in state_dict:
+            raise StateDictMismatch(
                 f'{prefix[:-1]!r} is a Poly-NL layer; in the state dict it is '
-                'fused with the convolution before it: that is for a model '
-                'on which fuse_poly_nl was called; a training saves none such'
+                f'something else ({others[0]}): that is for a model on which '
+                'fuse_poly_nl was called; a training saves none such'
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -195,7 +263,6 @@ class PolyNL(nn.Module):
         return f'in_channels={self.in_channels}, form={self.form!r}'
 
 
-@MODELS.register_module()
 class PolyNL1d(PolyNL):
     """Poly-NL over sequences; arguments as :class:`PolyNL`."""
 
@@ -203,7 +270,6 @@ class PolyNL1d(PolyNL):
     _spatial_dims = 1
 
 
-@MODELS.register_module()
 class PolyNL2d(PolyNL):
     """Poly-NL over feature maps; arguments as :class:`PolyNL`."""
 
@@ -211,7 +277,6 @@ class PolyNL2d(PolyNL):
     _spatial_dims = 2
 
 
-@MODELS.register_module()
 class PolyNL3d(PolyNL):
     """Poly-NL over videos and volumes; arguments as :class:`PolyNL`."""
 

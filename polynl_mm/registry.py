@@ -10,13 +10,14 @@ from importlib.util import find_spec
 from mmengine import registry as root
 from mmengine.registry import Registry
 
+from .layers import PolyNL1d, PolyNL2d, PolyNL3d
+
 # Every location is imported at the first look-up in any of the registries, so
 # a module bound to a host may be listed only where that host is installed.
 _HOST_OF = {
-    'polynl_mm.layers': 'mmcv',
-    'polynl_mm.insertion': 'mmcv',
+    'polynl_mm.insertion': 'mmengine',
     'polynl_mm.engine': 'mmengine',
-    'polynl_mm.engine.hooks': 'mmcv',
+    'polynl_mm.engine.hooks': 'mmengine',
     'polynl_mm.datasets': 'mmdet',
     'polynl_mm.evaluation.wider_face_metric': 'mmengine',
     'polynl_mm.models.retinaface': 'mmdet',
@@ -41,3 +42,7 @@ METRICS = _child(root.METRICS)
 VISUALIZERS = _child(root.VISUALIZERS)
 HOOKS = _child(root.HOOKS)
 RUNNERS = _child(root.RUNNERS)
+
+# The layers need only torch, and so can not do it themselves.
+for _layer in (PolyNL1d, PolyNL2d, PolyNL3d):
+    MODELS.register_module(module=_layer)

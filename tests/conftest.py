@@ -1,7 +1,32 @@
-"""Lets every test import ``oracles`` and the package of this checkout."""
+"""Lets every test import the helpers and the package of this checkout."""
 
+import logging
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+
+@pytest.fixture
+def quiet_and_quick():
+    """No log (a paragraph per parameter), no second thread (too small)."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable()
+    torch.manual_seed(0)
+    yield
+    logging.disable(logging.NOTSET)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def launches_cost_nothing(monkeypatch):
+    """Forms are chosen by their arithmetic, also where a model is tiny."""
+    from polynl_mm.ops import choice
+
+    monkeypatch.setattr(choice, '_CPU', choice._CPU._replace(launch=0))

@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
+from helpers import HALF_TOLERANCE, OLD_TORCH, assert_near, count_flops
 from mmcv.cnn import build_plugin_layer
 from mmengine.analysis import get_model_complexity_info
 from mmengine.model import kaiming_init
 from oracles import poly_nl_loop
-from test_ops import HALF_TOLERANCE, OLD_TORCH, assert_near, count_flops
 from torch import nn
 
 from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d

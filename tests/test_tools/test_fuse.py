@@ -23,14 +23,15 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
+from helpers import SHARE, calibrate, layers_of, randomize  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
-from test_fusion import SHARE, calibrate, layers_of, randomize  # noqa: E402
 
 from polynl_mm import fusion  # noqa: E402
 from polynl_mm.engine import launch  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures('launches_cost_nothing')
 TOOLS = Path(__file__).parents[2] / 'tools'
 
 # As mmdet trains: norm_eval, frozen stages. 16 layers, 3 of them frozen.

@@ -1,0 +1,212 @@
+"""What depends on torch's version or mode: products, autocast, programs.
+
+All that the operation asks of its surroundings is asked here: in which dtype a
+product runs, whether autocast is on, whether a gradient is wanted, and whether
+the operations become part of a program (traced, exported, compiled), in which
+nothing is written in place and, but for a compiled one, no size is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+# Newer torch tells.
+_is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+_BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, 'dtype')  # torch >= 2.8
+
+
+def float_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 for one of low precision."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+# ---------------------------------------------------------------- products
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two matrices, at least in float32.
+
+    Its gradient runs in the same precision, also where it is taken under
+    autocast.
+
+    Args:
+        a (Tensor): (B, m, k), or (m, k) for every b.
+        b (Tensor): (B, k, n), or (k, n) where a is (m, k).
+
+    Returns:
+        Tensor: (B, m, n) or (m, n).
+    """
+    if wants_grad(a, b):
+        return _Product.apply(a, b)
+    if b.dim() == 2:
+        return torch.mm(a, b)
+    if a.dim() == 2:
+        a = a.expand(b.shape[0], *a.shape)
+    if a.dtype not in HALF:
+        return torch.bmm(a, b)
+    if a.is_cuda and _BMM_HAS_OUT_DTYPE:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
+
+
+class _Product(torch.autograd.Function):
+    """:func:`matmul` of float32 or float64."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return matmul(a, b)
+
+    @staticmethod
+    def backward(ctx, dy):
+        a, b = ctx.saved_tensors
+        with no_autocast(dy):
+            da = db = None
+            if ctx.needs_input_grad[0]:
+                da = matmul(dy, transposed(b))
+                da = da.sum(0) if da.dim() > a.dim() else da
+            if ctx.needs_input_grad[1]:
+                db = matmul(transposed(a), dy)
+        return da, db
+
+
+def matmul_into(y: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
+    """The product of a (B, m, k) and b (B, k, n), in their dtype, in y.
+
+    Args:
+        y (Tensor): (B, m, n), overwritten.
+        add (bool): Add the product to what is in y.
+    """
+    return torch.baddbmm(y, a, b, beta=1 if add else 0, out=y)
+
+
+def convolution(z: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution by a (C, c) matrix, in the dtype of z or autocast's.
+
+    Shape: (B, c, \\*spatial) -> (B, C, \\*spatial).
+    """
+    axes = z.dim() - 2
+    b = None if b is None else b.to(z.dtype)
+    return _CONVS[axes](z, w.to(z.dtype).reshape(*w.shape, *(1,) * axes), b)
+
+
+def transposed(matrices: Tensor) -> Tensor:
+    """A view with the last two axes exchanged.
+
+    Not ``.mT``, of which the older exporter to ONNX knows nothing.
+    """
+    return matrices.transpose(-2, -1)
+
+
+def add_(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in x but for a program."""
+    return x + y if is_recorded() else x.add_(y)
+
+
+def mul_(x: Tensor, y: Tensor) -> Tensor:
+    """x * y, in x but for a program."""
+    return x * y if is_recorded() else x.mul_(y)
+
+
+def add_to_diagonal(matrices: Tensor, value: Tensor) -> Tensor:
+    """Add a (1,) value to the diagonals, in place but for a program.
+
+    There, the older exporter to ONNX drops, without a word, what is written
+    to a view, and the newer one refuses it.
+
+    Shape: (B, C, C) -> the same.
+    """
+    if is_recorded():
+        eye = torch.eye(
+            matrices.shape[1], dtype=matrices.dtype, device=matrices.device
+        )
+        return matrices + value * eye
+    matrices.diagonal(dim1=1, dim2=2).add_(value)
+    return matrices
+
+
+def allows_tf32() -> tuple[bool, bool]:
+    """Whether convolutions and matrix products may run in TF32 on a GPU."""
+    if is_recorded():  # by default: a compiler does not look up switches
+        return True, False
+    return (
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+
+
+# ---------------------------------------------------------------- autocast
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if it is on, hands x to a convolution."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not is_autocast_on(device):
+        return x.dtype
+    if hasattr(torch, 'get_autocast_dtype'):
+        return torch.get_autocast_dtype(device)
+    if device == 'cpu':  # torch < 2.4
+        return torch.get_autocast_cpu_dtype()
+    return torch.get_autocast_gpu_dtype()
+
+
+def no_autocast(x: Tensor):
+    """Within it every product runs in the dtype it is given."""
+    if not is_autocast_on(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def is_autocast_on(device: str) -> bool:
+    """Whether it is, on this type of device."""
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:  # torch < 2.4
+        if device == 'cpu':
+            return torch.is_autocast_cpu_enabled()
+        return torch.is_autocast_enabled()
+    except RuntimeError:  # a device without autocast, such as 'meta'
+        return False
+
+
+# --------------------------------------------------- gradients and programs
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to be told how; tracers take ordinary operations."""
+    return (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+        and not torch.jit.is_tracing()
+    )
+
+
+def refuse_second_derivative() -> None:
+    """Raise if a gradient is taken that is to be differentiated itself.
+
+    Not once_differentiable: it lets a penalty on a gradient pass that another
+    term of the loss hides, with the second derivative missing.
+    """
+    if torch.is_grad_enabled() and not is_recorded():
+        raise RuntimeError(
+            "Poly-NL's gram form has no second derivative "
+            "(create_graph=True); use form='direct'"
+        )
+
+
+def is_recorded() -> bool:
+    """Whether the operations become part of a program."""
+    return torch.jit.is_tracing() or _is_compiling()
+
+
+def is_for_every_size() -> bool:
+    """Whether a choice by size would become part of a program."""
+    return torch.jit.is_tracing() or _is_exporting()

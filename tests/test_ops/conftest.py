@@ -1,0 +1,31 @@
+"""Every test of the operation: on each device, in memory that holds NaN."""
+
+import os
+
+# What cuBLAS wants before it is deterministic.
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from helpers import DEVICES  # noqa: E402
+
+
+@pytest.fixture(params=DEVICES, autouse=True)
+def device(request):
+    """The device that tensors are made on by default."""
+    if request.param == 'cpu':
+        yield 'cpu'
+        return
+    with torch.device(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """What is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    assert torch.empty(3).new_empty_strided((2, 2), (1, 2)).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
