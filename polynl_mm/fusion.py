@@ -296,12 +296,17 @@ def _fold(site: _Site, conv: _Site, norm: _Site | None) -> None:
     if norm:
         norm.set(nn.Identity())
     identity = nn.Identity()
-    # A convolution that blocks were inserted after carries them along.
-    for name, block in old.named_children():
-        identity.add_module(name, block)
-    for hook in old._forward_hooks.values():
-        identity.register_forward_hook(hook, with_kwargs=True)
     conv.set(identity)
+    for before, after in ((layer, fused), (old, identity)):
+        _hand_on(before, after)
+
+
+def _hand_on(before: nn.Module, after: nn.Module) -> None:
+    """Insert the blocks that stand after a module after another instead."""
+    for name in inserted_after(before):
+        after.add_module(name, before._modules[name])
+    for hook in before._forward_hooks.values():
+        after.register_forward_hook(hook, with_kwargs=True)
 
 
 def _as_conv(
@@ -427,8 +432,10 @@ class _Modules:
             follows = module is site.owner and module is conv.owner
             if len(places) > 1 and not follows:
                 raise _Left(f'{what} is used elsewhere, too')
-            own_hooks = len(inserted_after(module))
-            if len(module._forward_hooks) > own_hooks or (
+            blocks = inserted_after(module)
+            if blocks and module not in (site.owner, layer):
+                raise _Left(f'{blocks[0]!r} comes between')
+            if len(module._forward_hooks) > len(blocks) or (
                 module._forward_pre_hooks
                 or module._backward_hooks
                 or module._backward_pre_hooks

@@ -24,6 +24,7 @@ from hosts import HOSTS, POLY, POLY1D, RESNET, build, inputs
 from mmcv.cnn import ConvModule
 from mmcv.cnn.utils import fuse_conv_bn
 from mmdet.models.backbones.resnet import Bottleneck
+from mmengine.model import revert_sync_batchnorm
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -912,3 +913,97 @@ def test_no_module():
     backbone = build(RESNET)
     with pytest.raises(TypeError, match='got NoneType .*return None'):
         fuse_poly_nl(backbone.eval())
+
+
+@each_mode
+def test_block_between_convolution_and_norm_is_not_passed_over(trainable):
+    """The layer behind the norm sees what the block has made of the map."""
+    model = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), PolyNL2d(6))
+    cfg = dict(type='ContextBlock', ratio=0.5)
+    insert_blocks(model, [dict(after='0', cfg=cfg)])
+    nn.init.normal_(model[0].context_block.channel_add_conv[-1].weight)
+    model, args = ready(model, image())
+    plain = results(model, *args)
+    report = fuse_poly_nl(model, trainable)[1]
+    assert "'context_block' comes between" in report.left['2']
+    assert_near(results(model, *args), plain, 1e-12)
+
+
+@each_mode
+def test_block_after_the_layer_stays(trainable):
+    model = pair()
+    cfg = dict(type='ContextBlock', ratio=0.5, in_channels=6)
+    insert_blocks(model, [dict(after='2', cfg=cfg)])
+    nn.init.normal_(model[2].context_block.channel_add_conv[-1].weight)
+    model, args = ready(model, image())
+    plain = results(model, *args)
+    assert fuse_poly_nl(model, trainable)[1].fused == ['2']
+    assert_near(results(model, *args), plain, 1e-12)
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('copied', [lambda m: m, copy.deepcopy])
+def test_norm_moved_past_a_block_is_refused(bias, copied):
+    """By fuse_conv_bn, which knows nothing of blocks after convolutions."""
+    model = inserted(
+        nn.Conv2d(4, 6, 1, bias=bias), POLY, tail=nn.BatchNorm2d(6)
+    )
+    model, args = ready(model, image())
+    plain = results(model, *args)
+    twin = copied(model)
+    assert_near(results(twin, *args), plain, 0)
+    fuse_conv_bn(twin)
+    with pytest.raises(RuntimeError, match="'0.*'poly_nl'.* norm '1'.*before"):
+        twin(*args)
+
+
+def test_norm_of_another_convolution_may_be_moved():
+    """Of one that no block stands behind, or before the block came."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1)
+    )
+    insert_blocks(model, [dict(after='2', cfg=POLY)])
+    model, args = ready(model, image())
+    plain = results(model, *args)
+    assert_near(results(fuse_conv_bn(model), *args), plain, 1e-12)
+    model = fuse_conv_bn(
+        nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)).eval()
+    )
+    insert_blocks(model, [dict(after='0', cfg=POLY)])
+    results(model.double(), *args)
+
+
+def with_sync_bn(model):
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+@pytest.mark.parametrize('c', [4, 6], ids=['as wide', 'wider'])
+def test_sync_bn_converted_afterwards_is_refused(c):
+    model, args = ready(
+        nn.Sequential(nn.Conv2d(4, c, 1), nn.BatchNorm2d(c), PolyNL2d(c)),
+        image(),
+    )
+    fuse_poly_nl(model, trainable=True)
+    model = with_sync_bn(model)
+    with pytest.raises(RuntimeError, match='a SyncBatchNorm has taken.*befor'):
+        model(*args)
+
+
+def test_sync_bn_reverted_afterwards_is_refused():
+    model, args = ready(FUSABLE['SyncBN'](), image())
+    fuse_poly_nl(model, trainable=True)
+    model = revert_sync_batchnorm(model)
+    with pytest.raises(RuntimeError, match='a .?BatchNorm.* has taken.*befo'):
+        model(*args)
+
+
+def test_what_passes_is_still_of_its_class():
+    """Hosts and optimisers go by it."""
+    model, _ = ready(pair(), image())
+    fuse_poly_nl(model, trainable=True)
+    assert isinstance(model[0], nn.Conv2d)
+    assert isinstance(model[1], nn.BatchNorm2d)
+    assert 'PassingConv2d(4, 6' in repr(model)
+    assert model[2].in_channels == 4
+    with pytest.raises(ValueError, match='in_channels=4'):
+        model[2](image(6))

@@ -103,6 +103,34 @@ projections :math:`P_i h`, :math:`2NCc`, and the layer applied to the output of
 the convolution, :math:`NC^2`. Where c is large, as before the laterals of an
 FPN, neither is: :math:`Nc^2` is more than :func:`poly_nl` of X takes.
 
+**Its gradient**, from :math:`\bar A' = \bar Y H^T`,
+:math:`\bar b' = \sum_n \bar y_n` and :math:`\gamma = \beta g`:
+
+.. math::
+    Z &= W_3^T \bar A', \quad z = W_3^T \bar b'              && C^2c \\
+    \bar\gamma &= \operatorname{rowsum}(Z \odot A) + z \odot b,
+        \quad \bar g = \beta \bar\gamma,
+        \quad \bar\beta = g^T \bar\gamma + b_3^T \bar b' \\
+    \bar A &= \alpha \bar A' + \operatorname{diag}(\gamma) Z, \quad
+        \bar b = \alpha \bar b' + \gamma \odot z \\
+    \bar W_3 &= \bar A' (\operatorname{diag}(\gamma) A)^T
+        + \bar b' (\gamma \odot b)^T                        && C^2c \\
+    \bar\alpha &= \langle \bar A', A \rangle + \bar b'^T b, \quad
+        \bar b_3 = \beta \bar b'
+
+while that of g is the one above, with :math:`P_i` in the place of :math:`W_i`
+and :math:`P_i m + p_i` in that of :math:`b_i`, but that :math:`\bar S` reaches
+H as :math:`(\bar S + \bar S^T) (H - m 1^T) / N`.
+
+**Five steps** compute all of this: moments (or projections), gate, pool, fold,
+mix. The gate g is a mean over positions in every form, C numbers an image,
+and all that a position knows of the others. So a layer on a part of an image
+becomes that on the whole once the gates of the parts are averaged,
+by their numbers of positions: what ``pool`` is for, between the gate and the
+fold. In backward it is :math:`\bar g` that is averaged so; nothing else
+changes. Where positions do not count alike (padding), g, S and m are weighted
+means.
+
 **Precision.** The branch is cubic in X: in float16 the product of two
 projections overflows at magnitudes of 256. For float16 and bfloat16 input,
 everything between X and the output (S, g and M; the product, its mean and the
