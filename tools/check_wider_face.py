@@ -30,8 +30,7 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
 import numpy as np
 from mmengine.utils import ProgressBar
 
-from polynl_mm.datasets.transforms import LoadImageFromFile
-from polynl_mm.datasets.wider_face import (
+from polynl_mm.faces.dataset import (
     ATTRIBUTES,
     is_picture,
     match_landmarks,
@@ -39,6 +38,7 @@ from polynl_mm.datasets.wider_face import (
     read_file_list,
     read_landmark_labels,
 )
+from polynl_mm.faces.transforms import LoadImageFromFile
 
 SPLITS = ('train', 'val', 'test')
 COLUMNS = (

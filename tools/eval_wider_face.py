@@ -26,7 +26,7 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
 
 from tqdm import tqdm
 
-from polynl_mm.evaluation import (
+from polynl_mm.faces.ap import (
     average_precision,
     load_wider_face_gt,
     precision_recall,

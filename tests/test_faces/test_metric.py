@@ -23,7 +23,7 @@ from mmengine.registry import METRICS, DefaultScope  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
 from polynl_mm.engine import launch  # noqa: E402
-from polynl_mm.evaluation import (  # noqa: E402
+from polynl_mm.faces.ap import (  # noqa: E402
     evaluate,
     load_wider_face_gt,
     read_predictions,

@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from polynl_mm.evaluation import evaluate, load_wider_face_gt
+from polynl_mm.faces.ap import evaluate, load_wider_face_gt
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'eval_wider_face.py'
 PICTURES = {

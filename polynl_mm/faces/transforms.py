@@ -27,7 +27,7 @@ from mmengine import fileio
 
 from polynl_mm.registry import TRANSFORMS
 
-from .wider_face import FLIP_INDICES, LANDMARKS
+from .dataset import FLIP_INDICES, LANDMARKS
 
 # One row for each face.
 _PER_FACE = (

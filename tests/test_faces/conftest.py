@@ -1,11 +1,18 @@
-"""Ground truth and detections small enough to look at, and real ones."""
+"""Small detectors; ground truth and detections small and real."""
 
 import os
+from copy import deepcopy
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.io import savemat
+
+collect_ignore = []
+if find_spec('mmdet') is None:
+    collect_ignore += ['test_head.py', 'test_voting.py', 'test_visualizer.py']
 
 SETTINGS = ('easy', 'medium', 'hard')
 
@@ -75,9 +82,41 @@ def write():
 @pytest.fixture(scope='session')
 def real_gt():
     """The official ground truth of val; the test is skipped without it."""
-    from polynl_mm.evaluation import load_wider_face_gt
+    from polynl_mm.faces.ap import load_wider_face_gt
 
     folder = os.environ.get('POLYNL_WIDER_GT')
     if not folder:
         pytest.skip('POLYNL_WIDER_GT does not say where the files are')
     return load_wider_face_gt(folder)
+
+
+@pytest.fixture
+def config():
+    """Give a copy of a model's config by name, with changes to its head."""
+    from detectors import DETECTORS
+    from mmengine.config import ConfigDict
+
+    def get(name, train_cfg=None, test_cfg=None, **head):
+        cfg = ConfigDict(deepcopy(DETECTORS[name]))
+        cfg.bbox_head.update(head)
+        cfg.train_cfg.update(train_cfg or {})
+        cfg.test_cfg.update(test_cfg or {})
+        return cfg
+
+    return get
+
+
+@pytest.fixture
+def build(config):
+    """Build a model by name, with changes to its head; start from one seed."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    def get(name, **changes):
+        register_all_modules()
+        torch.manual_seed(0)
+        model = MODELS.build(config(name, **changes))
+        model.init_weights()
+        return model
+
+    return get

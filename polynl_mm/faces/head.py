@@ -21,8 +21,9 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from polynl_mm.datasets import LANDMARKS
 from polynl_mm.registry import MODELS, TASK_UTILS
+
+from .dataset import LANDMARKS
 
 NUM_LANDMARKS = len(LANDMARKS)
 

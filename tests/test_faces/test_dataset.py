@@ -8,7 +8,7 @@ pytest.importorskip('mmdet')
 from mmdet.evaluation import CocoMetric
 from mmengine.registry import DefaultScope
 
-from polynl_mm.datasets import (
+from polynl_mm.faces.dataset import (
     WiderFaceDataset,
     read_bbx_gt,
     read_file_list,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from oracles import wider_face_loop
 
-from polynl_mm.evaluation import (
+from polynl_mm.faces.ap import (
     average_precision,
     evaluate,
     load_wider_face_gt,
@@ -284,10 +284,10 @@ def test_agrees_with_the_loop(tmp_path, write, mode, seed):
 
 
 def test_blocks_are_as_good_as_one(three, monkeypatch):
-    from polynl_mm.evaluation import wider_face_ap
+    from polynl_mm.faces import ap
 
     expected = precision_recall(*three)
-    monkeypatch.setattr(wider_face_ap, '_PAIRS', 1)
+    monkeypatch.setattr(ap, '_PAIRS', 1)
     for setting, curve in precision_recall(*three).items():
         np.testing.assert_array_equal(curve, expected[setting])
 
@@ -692,7 +692,7 @@ import sys
 for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg'):
     sys.modules[name] = None
 sys.path.insert(0, {str(ROOT)!r})
-from polynl_mm.evaluation import evaluate, load_wider_face_gt
+from polynl_mm.faces.ap import evaluate, load_wider_face_gt
 gt = load_wider_face_gt({str(tmp_path / 'gt')!r})
 print(evaluate(gt, {{}}, missing_as_empty=True)['hard'])
 """
