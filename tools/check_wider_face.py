@@ -30,7 +30,7 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
 import numpy as np
 from mmengine.utils import ProgressBar
 
-from polynl_mm.faces.dataset import (
+from polynl_mm.faces.files import (
     ATTRIBUTES,
     is_picture,
     match_landmarks,

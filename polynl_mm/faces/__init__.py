@@ -1,6 +1,7 @@
-"""Faces with five landmarks: from the files of WIDER Face to its metric.
+"""Faces with five landmarks, from the files of WIDER Face to its metric.
 
-The modules stand in the order in which data goes through them: ``dataset``,
-``transforms``, ``head``, ``voting``, ``visualizer``, ``ap``, ``metric``. Each
-is imported from where it is, as not all of them need a host.
+In the order in which data goes through them: ``landmarks``, ``files``,
+``dataset``, ``transforms``, ``head``, ``voting``, ``visualizer``, ``ap``,
+``metric``. Each is imported from where it is: ``landmarks``, ``files`` and
+``ap`` need numpy alone, ``metric`` mmengine, the others mmdet.
 """

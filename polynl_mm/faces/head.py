@@ -23,9 +23,7 @@ from torch import Tensor, nn
 
 from polynl_mm.registry import MODELS, TASK_UTILS
 
-from .dataset import LANDMARKS
-
-NUM_LANDMARKS = len(LANDMARKS)
+from .landmarks import NUM_LANDMARKS
 
 _LANDMARK_CODER = dict(type='polynl_mm.LandmarkCoder')
 _INIT_CFG = dict(

@@ -2,10 +2,10 @@
 
 They carry mmdet's names and are mmdet's where there are no landmarks; what
 they add is said at each. Landmarks travel as ``gt_keypoints``, an (n, 5, 3)
-float32 array: x and y in pixels of the picture as it is at that point, and a
-flag, 0 for absent, 1 for occluded, 2 for visible. Coordinates are those of
-boxes: pixel i covers [i, i + 1). A landmark is absent where its flag says so,
-nowhere else: transforms move absent ones, too, to places without a meaning.
+float32 array, see :mod:`polynl_mm.faces.landmarks`, in pixels of the picture
+as it is at that point. Coordinates are those of boxes: pixel i covers
+[i, i + 1). A landmark is absent where its flag says so, nowhere else:
+transforms move absent ones, too, to places without a meaning.
 
 mmcv's wrappers build these by name: ``RandomResize`` and
 ``RandomChoiceResize`` with ``resize_type='polynl_mm.Resize'``, and
@@ -27,7 +27,7 @@ from mmengine import fileio
 
 from polynl_mm.registry import TRANSFORMS
 
-from .dataset import FLIP_INDICES, LANDMARKS
+from .landmarks import FLIP_INDICES, NUM_LANDMARKS
 
 # One row for each face.
 _PER_FACE = (
@@ -137,7 +137,7 @@ class LoadAnnotations(host.LoadAnnotations):
         # mmcv's fails on a picture without a face.
         results['gt_keypoints'] = np.array(
             [face['keypoints'] for face in instances], np.float32
-        ).reshape(-1, len(LANDMARKS), 3)
+        ).reshape(-1, NUM_LANDMARKS, 3)
 
 
 @TRANSFORMS.register_module()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polynl_mm.registry import MODELS
 
-from .dataset import FLIP_INDICES
+from .landmarks import FLIP_INDICES
 
 
 def vote_boxes(
