@@ -25,30 +25,16 @@ tools sort by score, can not matter.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-SETTINGS = ('easy', 'medium', 'hard')
+from .files import PREDICTION, GroundTruth
+
 THRESHOLDS = 1 - np.arange(1, 1001) / 1000
-_ROW = 'left top width height score'
 # Pairs of a face and a detection looked at together: what fits into a cache.
 _PAIRS = 1 << 15
-
-
-class GroundTruth(NamedTuple):
-    """Faces of n pictures, m in all, and which of them a setting keeps."""
-
-    images: tuple[str, ...]
-    """The pictures, ``event/name`` without suffix, in official order."""
-    boxes: np.ndarray
-    """(m, 4) float64: left, top, width, height in pixels, by picture."""
-    starts: np.ndarray
-    """(n + 1,) int64: picture i has ``boxes[starts[i]:starts[i + 1]]``."""
-    kept: dict[str, np.ndarray]
-    """(m,) bool for each of ``easy``, ``medium``, ``hard``."""
 
 
 class Curve(NamedTuple):
@@ -60,267 +46,6 @@ class Curve(NamedTuple):
     """(1000,) float64; 0 where there is no detection yet."""
 
 
-# ------------------------------------------------------------ ground truth
-
-
-def load_wider_face_gt(gt_dir: str | os.PathLike) -> GroundTruth:
-    """Read the ground truth of the official evaluation.
-
-    Args:
-        gt_dir (str or PathLike): ``eval_tools/ground_truth``: a folder with
-            ``wider_face_val.mat`` and ``wider_easy_val.mat``,
-            ``wider_medium_val.mat``, ``wider_hard_val.mat``.
-
-    Returns:
-        GroundTruth: See there.
-
-    Raises:
-        FileNotFoundError: One of the four files is not there.
-        ValueError: A file is not of the official structure, or they are not
-            of the same pictures; says file and place.
-    """
-    path = os.path.join(gt_dir, 'wider_face_val.mat')
-    images, boxes = _load_cells(path, 'face_bbx_list')
-    if not images:
-        raise ValueError(f'{path}: has no picture')
-    for image, box in zip(images, boxes):
-        if box.ndim != 2 or (box.size and box.shape[1] != 4):
-            raise ValueError(
-                f'{path}: face_bbx_list of {image} has shape {box.shape}, '
-                f'expected (faces, 4): x y w h'
-            )
-    boxes = [box.reshape(-1, 4).astype(np.float64) for box in boxes]
-    starts = np.cumsum([0, *map(len, boxes)])
-    boxes = np.concatenate(boxes)
-    if not np.isfinite(boxes).all():
-        raise ValueError(f'{path}: face_bbx_list has NaN or infinity')
-
-    kept = {}
-    for setting in SETTINGS:
-        path_of_setting = os.path.join(gt_dir, f'wider_{setting}_val.mat')
-        same_images, indices = _load_cells(path_of_setting, 'gt_list')
-        if same_images != images:
-            raise ValueError(
-                f'{path_of_setting}: its pictures are not those of {path}'
-            )
-        kept[setting] = np.zeros(len(boxes), bool)
-        for i, index in enumerate(indices):
-            # Stored as uint8 or uint16, from 1; nothing is an empty double.
-            index = index.ravel().astype(np.int64)
-            faces = kept[setting][starts[i] : starts[i + 1]]
-            if index.size and not 1 <= index.min() <= index.max() <= len(
-                faces
-            ):
-                raise ValueError(
-                    f'{path_of_setting}: gt_list of {images[i]} has '
-                    f'{index.min()} to {index.max()}, expected indices of '
-                    f'its {len(faces)} faces, from 1'
-                )
-            faces[index - 1] = True
-            if faces.sum() != len(index):
-                raise ValueError(
-                    f'{path_of_setting}: gt_list of {images[i]} has an index '
-                    f'more than once'
-                )
-    return GroundTruth(images, boxes, starts, kept)
-
-
-def _load_cells(path: str, key: str) -> tuple[tuple[str, ...], list]:
-    """Read the picture names and one array per picture of a .mat file."""
-    # Here, as looking up any polynl_mm type imports this module.
-    from scipy.io import loadmat
-
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f'{path}: not there, expected a file of the ground truth of the '
-            f'official WIDER Face evaluation'
-        )
-    names = ('event_list', 'file_list', key)
-    try:
-        mat = loadmat(path, variable_names=names)
-    except Exception as error:  # scipy raises all kinds on a damaged file
-        raise ValueError(f'{path}: no MATLAB 5 file: {error}') from error
-    images, arrays = [], []
-    try:
-        events, *columns = (mat[name].ravel() for name in names)
-        for i, event in enumerate(events):
-            stems, cells = (column[i].ravel() for column in columns)
-            if stems.size != cells.size:
-                raise ValueError(f'{stems.size} names, {cells.size} cells')
-            images += [f'{event.item()}/{stem.item()}' for stem in stems]
-            arrays += map(np.asarray, cells)
-    except (AttributeError, IndexError, KeyError, ValueError) as error:
-        after = f' after {images[-1]}' if images else ''
-        raise ValueError(
-            f'{path}: {", ".join(names)} are not cells by event and picture'
-            f'{after}: {error}'
-        ) from error
-    if len(set(images)) < len(images):
-        raise ValueError(f'{path}: has a picture more than once')
-    return tuple(images), arrays
-
-
-# -------------------------------------------------------- prediction files
-
-
-def read_predictions(
-    pred_dir: str | os.PathLike,
-    images: Iterable[str],
-    missing_as_empty: bool = False,
-    track: Callable[[Iterable], Iterable] = iter,
-) -> dict[str, np.ndarray]:
-    """Read prediction files of the official form.
-
-    ``<pred_dir>/<event>/<name>.txt`` has a line that is ignored, as the
-    official tools ignore it (they write ``event/name.jpg``), the number of
-    detections, and for each a line ``left top width height score``.
-
-    Args:
-        pred_dir (str or PathLike): Folder of the event folders.
-        images (Iterable[str]): All pictures, ``event/name``.
-        missing_as_empty (bool): Take a missing file for one without
-            detections, as the MATLAB toolbox does, instead of refusing.
-        track (Callable): Passes an iterable of the pictures on; shows
-            progress, for example.
-
-    Returns:
-        dict[str, ndarray]: By picture, in the given order, an (n, 5) float64
-        array, n >= 0, in the order of the file: left, top, width, height in
-        pixels, score.
-
-    Raises:
-        FileNotFoundError: ``pred_dir`` or a file is not there.
-        ValueError: A file is of no picture (any ``*.txt`` in ``pred_dir`` or
-            in a folder of it counts), or a line is not what is expected at
-            its place; says file, line and both.
-    """
-    images = tuple(images)
-    found = _prediction_files(pred_dir)
-    unknown = sorted(found.keys() - set(images))
-    if unknown:
-        raise ValueError(
-            f'{found[unknown[0]]}: the ground truth has no picture '
-            f'{unknown[0]}; of unknown pictures are {len(unknown)} of '
-            f'{len(found)} prediction files'
-        )
-    missing = [image for image in images if image not in found]
-    if missing and not missing_as_empty:
-        raise FileNotFoundError(
-            f'{os.path.join(pred_dir, missing[0])}.txt: not there; missing '
-            f'are {len(missing)} of {len(images)} prediction files'
-        )
-    return {
-        image: _read_file(found[image]) if image in found else np.empty((0, 5))
-        for image in track(images)
-    }
-
-
-def _prediction_files(pred_dir: str | os.PathLike) -> dict[str, str]:
-    """Give the path of every text file, by path in pred_dir less suffix."""
-    if not os.path.isdir(pred_dir):
-        raise FileNotFoundError(
-            f'{os.fspath(pred_dir)}: not there, expected the folder of the '
-            f'predictions, event/name.txt'
-        )
-    files = {}
-    for entry in os.scandir(pred_dir):
-        names = os.listdir(entry.path) if entry.is_dir() else ()
-        inside = [f'{entry.name}/{name}' for name in names]
-        for name in inside or [entry.name]:
-            stem, suffix = os.path.splitext(name)
-            if suffix == '.txt':
-                files[stem] = os.path.join(pred_dir, name)
-    return files
-
-
-def _read_file(path: str) -> np.ndarray:
-    # latin-1 takes every byte; what is no number is reported by its line.
-    with open(path, encoding='latin-1') as file:
-        lines = file.readlines()
-    rows = [line for line in lines[2:] if not line.isspace()]
-    try:
-        boxes = _numbers(rows)
-        if (
-            int(lines[1]) == len(boxes)
-            and boxes.shape[1] == 5
-            and np.isfinite(boxes).all()
-        ):
-            return boxes
-    except (IndexError, ValueError):
-        pass
-    raise ValueError(f'{path}{_defect(lines)}')
-
-
-def _numbers(rows: list[str]) -> np.ndarray:
-    """Numbers of rows of equal length, (n, columns) float64."""
-    if not rows:
-        return np.empty((0, 5))
-    return np.loadtxt(rows, ndmin=2, comments=None)
-
-
-def _defect(lines: list[str]) -> str:
-    """Say where and what the first thing wrong in a prediction file is."""
-    if len(lines) < 2:
-        return (
-            f': ends after {len(lines)} lines, expected a line with the '
-            f'picture and one with the number of detections'
-        )
-    try:
-        count = int(lines[1])
-    except ValueError:
-        return _at(2, lines, 'the number of detections')
-    found = 0
-    for number, line in enumerate(lines[2:], 3):
-        if line.isspace():
-            continue
-        try:
-            row = _numbers([line])
-        except ValueError:
-            row = np.empty((1, 0))
-        if row.shape[1] != 5 or not np.isfinite(row).all():
-            return _at(number, lines, f'5 finite numbers, {_ROW}')
-        found += 1
-    return (
-        f', line 2: says {count} detections, expected {found}, as many as '
-        f'follow'
-    )
-
-
-def _at(number: int, lines: list[str], expected: str) -> str:
-    text = lines[number - 1].strip()[:80]
-    return f', line {number}: got {text!r}, expected {expected}'
-
-
-def write_predictions(
-    out_dir: str | os.PathLike, predictions: Mapping[str, np.ndarray]
-) -> None:
-    """Write prediction files of the official form, those with the best first.
-
-    Numbers are written with as many digits as it takes to read the same
-    float64 again, so AP of the files is exactly AP of the arrays. Existing
-    files of the same pictures are replaced, others are left.
-
-    Args:
-        out_dir (str or PathLike): Folder of the event folders; made if need
-            be.
-        predictions (Mapping[str, ndarray]): By picture, ``event/name``, an
-            (n, 5) array: left, top, width, height in pixels, score.
-    """
-    for image, rows in predictions.items():
-        # The Python ports take the order of the file for that of the scores.
-        rows = np.asarray(rows, np.float64)
-        rows = rows[np.argsort(-rows[:, 4], kind='stable')]
-        lines = [f'{image}.jpg', str(len(rows))]
-        lines += [' '.join(map(repr, row)) for row in rows.tolist()]
-        path = os.path.join(out_dir, f'{image}.txt')
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, 'w', encoding='utf-8', newline='\n') as file:
-            file.write('\n'.join(lines) + '\n')
-
-
-# -------------------------------------------------------------- evaluation
-
-
 def evaluate(
     gt: GroundTruth,
     predictions: Mapping[str, np.ndarray],
@@ -329,7 +54,7 @@ def evaluate(
     """Average precision of the three settings.
 
     Args:
-        gt (GroundTruth): See :func:`load_wider_face_gt`.
+        gt (GroundTruth): See :func:`~.files.load_wider_face_gt`.
         predictions (Mapping[str, ndarray]): See :func:`precision_recall`.
         missing_as_empty (bool): See :func:`precision_recall`.
 
@@ -350,7 +75,7 @@ def precision_recall(
     """Precision and recall of the three settings, by the official protocol.
 
     Args:
-        gt (GroundTruth): See :func:`load_wider_face_gt`.
+        gt (GroundTruth): See :func:`~.files.load_wider_face_gt`.
         predictions (Mapping[str, ndarray]): By picture, ``event/name``, an
             (n, 5) array, n >= 0, in any order: left, top, width, height in
             pixels of the original picture, score of any finite range. As one
@@ -377,7 +102,7 @@ def precision_recall(
         raise ValueError(
             f'predictions of {gt.images[image]}, row '
             f'{infinite[0] - ends[image]}: got {rows[infinite[0]].tolist()}, '
-            f'expected finite {_ROW}'
+            f'expected finite {PREDICTION}'
         )
     face = _match(gt, rows, ends, track)
 
@@ -437,7 +162,7 @@ def _in_order(
         if row.ndim != 2 or row.shape[1] != 5:
             raise ValueError(
                 f'predictions of {image} have shape {row.shape}, expected '
-                f'(detections, 5): {_ROW}'
+                f'(detections, 5): {PREDICTION}'
             )
         rows.append(row)
     return rows

@@ -11,7 +11,8 @@ from mmengine.evaluator import BaseMetric
 
 from polynl_mm.registry import METRICS
 
-from .ap import evaluate, load_wider_face_gt, write_predictions
+from .ap import evaluate
+from .files import load_wider_face_gt, write_predictions
 
 
 @METRICS.register_module()

@@ -1,8 +1,11 @@
 """Small detectors; ground truth and detections small and real."""
 
 import os
+import subprocess
+import sys
 from copy import deepcopy
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +17,9 @@ collect_ignore = []
 if find_spec('mmdet') is None:
     collect_ignore += ['test_head.py', 'test_voting.py', 'test_visualizer.py']
 
+ROOT = Path(__file__).parents[2]
+# What a machine without any of it lacks.
+HEAVY = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
 SETTINGS = ('easy', 'medium', 'hard')
 
 
@@ -74,15 +80,71 @@ def write_rows(folder, rows_of, form='{}'):
     return folder
 
 
+@pytest.fixture
+def without_hosts(tmp_path):
+    """Give a function that runs code where neither torch nor a host is.
+
+    It takes the code, or the path of a tool and its arguments, runs it in
+    ``tmp_path`` and gives what it prints.
+    """
+
+    def run(code, *args):
+        if isinstance(code, Path):
+            code = f"""
+import runpy
+runpy.run_path({str(code)!r}, run_name='__main__')
+"""
+        hide = f'import sys\nsys.modules.update(dict.fromkeys({HEAVY}))\n'
+        done = subprocess.run(
+            [sys.executable, '-c', hide + code, *args],
+            cwd=tmp_path,
+            env={**os.environ, 'PYTHONPATH': str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
 @pytest.fixture(scope='session')
 def write():
     return SimpleNamespace(gt=write_gt, rows=write_rows)
 
 
+@pytest.fixture
+def three(tmp_path, write):
+    """Vector 1: a find, a dropped one, doubles, a picture without kept."""
+    pictures = {
+        'a--A/A': (
+            [(10, 10, 20, 20), (50, 10, 8, 8), (100, 100, 30, 40)],
+            {'hard': [1, 3], 'medium': [1, 2, 3], 'easy': [2]},
+            [
+                (12, 10, 20, 20, 0.7),
+                (10, 10, 20, 20, 0.9),
+                (100, 104, 30, 40, 0.5),
+                (50, 10, 8, 8, 0.8),
+                (200, 200, 30, 30, 0.6),
+            ],
+        ),
+        'b--B/B': ([(5, 5, 10, 10)], {s: [1] for s in SETTINGS}, []),
+        'b--B/C': (
+            [(5, 5, 9, 9)],
+            {},
+            [(5, 5, 9, 9, 0.4), (40, 40, 9, 9, 0.3)],
+        ),
+    }
+    from polynl_mm.faces.files import load_wider_face_gt
+
+    gt = load_wider_face_gt(write.gt(tmp_path / 'gt', pictures))
+    return gt, {image: p[2] for image, p in pictures.items()}
+
+
 @pytest.fixture(scope='session')
 def real_gt():
     """The official ground truth of val; the test is skipped without it."""
-    from polynl_mm.faces.ap import load_wider_face_gt
+    from polynl_mm.faces.files import load_wider_face_gt
 
     folder = os.environ.get('POLYNL_WIDER_GT')
     if not folder:
