@@ -415,6 +415,51 @@ def annotation_format(path: str | os.PathLike) -> str:
     return 'bbx_gt'
 
 
+def decode_picture(
+    content: bytes,
+    path: str | os.PathLike,
+    decode: Callable[[bytes], np.ndarray | None],
+) -> np.ndarray:
+    """Decode a picture, or say which file is no whole one.
+
+    OpenCV decodes a truncated JPEG without a word and fills what is missing,
+    and its error on an empty file names no file. Here a JPEG must have an
+    end-of-image marker after its last scan.
+
+    Args:
+        content (bytes): What the file holds.
+        path (str or PathLike): Its name, for the messages.
+        decode (Callable): Gives the pixels; None or an error says that there
+            are none.
+
+    Returns:
+        ndarray: What ``decode`` gives.
+
+    Raises:
+        ValueError: The file is empty, truncated or no picture.
+    """
+    if not content:
+        raise ValueError(f'{path}: empty, expected a picture')
+    if content.startswith(b'\xff\xd8'):
+        # Neither marker can occur within a scan. A thumbnail's scan comes
+        # before.
+        scan = content.rfind(b'\xff\xda')
+        if scan < 0 or content.find(b'\xff\xd9', scan) < 0:
+            raise ValueError(
+                f'{path}: truncated, {len(content)} bytes of a JPEG without '
+                f'its end'
+            )
+    try:
+        image = decode(content)
+    except Exception as error:
+        raise ValueError(f'{path}: not a readable picture ({error})') from (
+            error
+        )
+    if image is None:
+        raise ValueError(f'{path}: not a readable picture')
+    return image
+
+
 class GroundTruth(NamedTuple):
     """Faces of n pictures, m in all, and which of them a setting keeps."""
 
