@@ -18,12 +18,13 @@ _HOST_OF = {
     'polynl_mm.insertion': 'mmengine',
     'polynl_mm.engine': 'mmengine',
     'polynl_mm.engine.hooks': 'mmengine',
-    'polynl_mm.datasets': 'mmdet',
-    'polynl_mm.evaluation.wider_face_metric': 'mmengine',
-    'polynl_mm.models.retinaface': 'mmdet',
-    'polynl_mm.models.tta': 'mmdet',
-    'polynl_mm.models.visualizer': 'mmdet',
-    'polynl_mm.models.seg_head': 'mmseg',
+    'polynl_mm.faces.dataset': 'mmdet',
+    'polynl_mm.faces.transforms': 'mmdet',
+    'polynl_mm.faces.head': 'mmdet',
+    'polynl_mm.faces.voting': 'mmdet',
+    'polynl_mm.faces.visualizer': 'mmdet',
+    'polynl_mm.faces.metric': 'mmengine',
+    'polynl_mm.segmentation.head': 'mmseg',
 }
 _LOCATIONS = [name for name, host in _HOST_OF.items() if find_spec(host)]
 

@@ -342,4 +342,4 @@ def test_the_check_of_the_data_accepts_it(city):
     launch.check_data(load(OURS, city), 'train', 'val', 'test')
     cfg = load(f'{OURS}-server', city)
     launch.check_data(cfg, 'train', 'val', 'test')
-    assert 'polynl_mm.engine.seg_data' in sys.modules
+    assert 'polynl_mm.segmentation.labels' in sys.modules

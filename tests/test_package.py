@@ -162,7 +162,7 @@ def test_layer_resolves_from_the_wheel(installed, tmp_path):
 
 
 def test_tools_in_the_wheel_hide_no_other_package(installed, tmp_path):
-    """``import datasets`` must not mean ``polynl_mm.datasets`` there."""
+    """``import ops`` must not mean ``polynl_mm.ops`` there."""
     package = installed / 'polynl_mm'
     tools = sorted((package / 'tools').glob('*.py'))
     assert {'train.py', 'test.py'} <= {tool.name for tool in tools}
@@ -194,7 +194,7 @@ def test_editable_install_imports_the_checkout(checkout, tmp_path):
     import site
     from importlib.util import find_spec
     site.addsitedir({str(info.parent)!r})
-    for name in ('polynl_mm', 'polynl_mm.ops', 'polynl_mm.datasets'):
+    for name in ('polynl_mm', 'polynl_mm.ops', 'polynl_mm.faces'):
         print(find_spec(name).origin)
     """
     # Without the site-packages of this environment.
@@ -204,7 +204,7 @@ def test_editable_install_imports_the_checkout(checkout, tmp_path):
     package = checkout / 'polynl_mm'
     assert [Path(path) for path in found] == [
         package / '__init__.py',
-        package / 'ops.py',
-        package / 'datasets' / '__init__.py',
+        package / 'ops' / '__init__.py',
+        package / 'faces' / '__init__.py',
     ]
     assert metadata(info.parent).version == polynl_mm.__version__

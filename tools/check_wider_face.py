@@ -28,11 +28,11 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
     sys.path.insert(0, ROOT)
 
 import numpy as np
-from mmengine.utils import ProgressBar
+from tqdm import tqdm
 
-from polynl_mm.datasets.transforms import LoadImageFromFile
-from polynl_mm.datasets.wider_face import (
+from polynl_mm.faces.files import (
     ATTRIBUTES,
+    decode_picture,
     is_picture,
     match_landmarks,
     read_bbx_gt,
@@ -126,23 +126,32 @@ def check_pictures(folder: Path, names: list, decode: bool, broken: list):
 def unreadable(file: Path):
     """What is wrong with a picture, or None."""
     try:
-        LoadImageFromFile()(dict(img_path=str(file)))
+        decode_picture(file.read_bytes(), file, decoded)
     except (OSError, ValueError) as error:
         return str(error)
     return None
 
 
+def decoded(content: bytes):
+    """Give the pixels of a picture as training does, or None."""
+    # Only --decode needs it.
+    import cv2
+
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+
+
 def map_progress(function, items: list):
     """Call a function in threads, with a progress bar on a terminal."""
-    show = sys.stderr.isatty() and items
-    bar = ProgressBar(len(items), file=sys.stderr) if show else None
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for result in threads.map(function, items):
-            if bar:
-                bar.update()
-            yield result
-    if bar:
-        print(file=sys.stderr)
+        results = threads.map(function, items)
+        # None is quiet where stderr is no terminal.
+        yield from tqdm(
+            results,
+            total=len(items),
+            unit='picture',
+            leave=False,
+            disable=None,
+        )
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -26,12 +26,8 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
 
 from tqdm import tqdm
 
-from polynl_mm.evaluation import (
-    average_precision,
-    load_wider_face_gt,
-    precision_recall,
-    read_predictions,
-)
+from polynl_mm.faces.ap import average_precision, precision_recall
+from polynl_mm.faces.files import load_wider_face_gt, read_predictions
 
 
 def parse_args():

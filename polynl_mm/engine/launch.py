@@ -286,7 +286,7 @@ def check_data(cfg: Config, *phases: str) -> None:
 
     Paths are joined as ``mmengine.dataset.BaseDataset`` joins them. For mmseg
     the images and labels themselves are checked, too, see
-    :func:`polynl_mm.engine.seg_data.check_seg_data`.
+    :func:`polynl_mm.segmentation.labels.check_seg_data`.
 
     Args:
         cfg (Config): The config.
@@ -328,7 +328,7 @@ def check_data(cfg: Config, *phases: str) -> None:
 
 
 def _check_labels(cfg: Config, phases: Iterable[str]) -> None:
-    from .seg_data import check_seg_data
+    from polynl_mm.segmentation.labels import check_seg_data
 
     part = slice(None)
     if cfg.get('launcher', 'none') != 'none':

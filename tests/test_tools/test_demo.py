@@ -14,7 +14,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 
 from polynl_mm.engine import launch  # noqa: E402
-from polynl_mm.models.visualizer import FaceVisualizer  # noqa: E402
+from polynl_mm.faces.visualizer import FaceVisualizer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / 'configs/mini/retinaface_r50-polynl_mini-wider.py'

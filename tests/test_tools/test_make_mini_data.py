@@ -468,7 +468,7 @@ def test_label_file_has_the_faces_of_the_annotation(wider, split, count):
 
 def test_the_data_set_takes_the_label_files(wider):
     pytest.importorskip('mmdet')
-    from polynl_mm.datasets import WiderFaceDataset
+    from polynl_mm.faces.dataset import WiderFaceDataset
 
     dataset = WiderFaceDataset(
         data_root=str(wider),

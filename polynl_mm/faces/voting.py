@@ -10,8 +10,9 @@ from mmdet.structures.bbox import bbox_flip
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from polynl_mm.datasets import FLIP_INDICES
 from polynl_mm.registry import MODELS
+
+from .landmarks import FLIP_INDICES
 
 
 def vote_boxes(

@@ -11,17 +11,18 @@ from mmengine.evaluator import BaseMetric
 
 from polynl_mm.registry import METRICS
 
-from .wider_face_ap import evaluate, load_wider_face_gt, write_predictions
+from .ap import evaluate
+from .files import load_wider_face_gt, write_predictions
 
 
 @METRICS.register_module()
 class WiderFaceMetric(BaseMetric):
     """AP of the settings easy, medium and hard, by the official protocol.
 
-    For detectors of one class on :class:`~polynl_mm.datasets.WiderFaceDataset`
-    (val), whatever the pipeline loads: the ground truth comes from the
-    official files. The whole split is needed, as the scores of all pictures
-    together set the thresholds::
+    For detectors of one class on :class:`~.dataset.WiderFaceDataset` (val),
+    whatever the pipeline loads: the ground truth comes from the official
+    files. The whole split is needed, as the scores of all pictures together
+    set the thresholds::
 
         val_evaluator = dict(
             type='polynl_mm.WiderFaceMetric',

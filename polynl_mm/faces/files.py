@@ -1,4 +1,9 @@
-"""WIDER Face as its official release and its landmark labels lie on disk."""
+"""WIDER Face as it lies on disk: annotations, landmark labels, predictions.
+
+Also the ground truth of the official evaluation. Names of pictures are
+``event/name.jpg`` in annotations and labels, ``event/name`` in what the
+evaluation reads and writes, as in the official files.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,12 @@ import math
 import os
 import posixpath
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from mmdet.datasets import BaseDetDataset
-from mmengine.fileio import get_file_backend, get_local_path, join_path
-from mmengine.utils import is_abs
 
-from polynl_mm.registry import DATASETS
+from .landmarks import NUM_LANDMARKS
 
 # The columns of a face line after x, y, w and h.
 ATTRIBUTES = (
@@ -27,13 +30,8 @@ ATTRIBUTES = (
 _COLUMNS = 4 + len(ATTRIBUTES)
 _FACE_LINE = f'{_COLUMNS} integers, x y w h {" ".join(ATTRIBUTES)}'
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
-
-# Left and right as the viewer sees them.
-LANDMARKS = ('left eye', 'right eye', 'nose', 'left mouth', 'right mouth')
-# Where each of them comes from in a mirrored picture.
-FLIP_INDICES = (1, 0, 2, 4, 3)
-_ABSENT = ((-1.0, -1.0, 0.0),) * len(LANDMARKS)
-_POINTS = f'{len(LANDMARKS)} times x y flag'
+_ABSENT = (-1.0, -1.0, 0.0)
+_POINTS = f'{NUM_LANDMARKS} times x y flag'
 _LABEL_LINES = {
     False: ((4, 20), f'x y w h, or x y w h, {_POINTS} and a quality'),
     True: (
@@ -41,6 +39,9 @@ _LABEL_LINES = {
         f'x1 y1 x2 y2, or these and 0 or 1 for ignore, or these and {_POINTS}',
     ),
 }
+SETTINGS = ('easy', 'medium', 'hard')
+# The columns of a prediction file.
+PREDICTION = 'left top width height score'
 
 
 class _Lines:
@@ -204,9 +205,7 @@ class LandmarkLabels(NamedTuple):
     """Faces of one picture in a landmark label file.
 
     ``bboxes`` (n, 4) float64: x1, y1, x2, y2 in pixels, as annotated.
-    ``keypoints`` (n, 5, 3) float64: x and y in pixels and a flag, as in
-    COCO 0 not annotated (x and y then mean nothing), 1 annotated but
-    occluded, 2 visible; in the order of :data:`LANDMARKS`.
+    ``keypoints`` (n, 5, 3) float64: see :mod:`polynl_mm.faces.landmarks`.
     ``ignore`` (n,) bool: the file itself says to ignore the face.
     ``lines`` (n,) int64 and ``header``: lines in the file, from 1, of the
     faces and of the picture.
@@ -312,14 +311,13 @@ def _label_face(line: str, sized: bool, allow_degenerate: bool) -> tuple:
         raise ValueError('x2 > x1 and y2 > y1' if sized else 'w > 0 and h > 0')
     if len(numbers) == 5 and numbers[4] not in (0, 1):
         raise ValueError('0 or 1 as the fifth number, for ignore')
-    keypoints = _ABSENT
+    keypoints = (_ABSENT,) * NUM_LANDMARKS
     if len(numbers) >= 19:
         points = [numbers[i : i + 3] for i in range(4, 19, 3)]
         if any(flag not in (-1, 0, 1) for _, _, flag in points):
             raise ValueError('-1, 0 or 1 as the flag of a landmark')
         keypoints = [
-            (-1.0, -1.0, 0.0) if flag < 0 else (x, y, 2 - flag)
-            for x, y, flag in points
+            _ABSENT if flag < 0 else (x, y, 2 - flag) for x, y, flag in points
         ]
     return (x1, y1, x2, y2), keypoints, numbers[4:] == [1]
 
@@ -328,7 +326,7 @@ def _stack(rows: list[tuple], header: int) -> LandmarkLabels:
     bboxes, keypoints, ignore, lines = zip(*rows) if rows else ([],) * 4
     return LandmarkLabels(
         np.array(bboxes, np.float64).reshape(-1, 4),
-        np.array(keypoints, np.float64).reshape(-1, len(LANDMARKS), 3),
+        np.array(keypoints, np.float64).reshape(-1, NUM_LANDMARKS, 3),
         np.array(ignore, bool),
         np.array(lines, np.int64),
         header,
@@ -373,7 +371,7 @@ def match_landmarks(
         errors.append(message)
 
     matched = {
-        name: np.tile(np.array(_ABSENT), (len(rows), 1, 1))
+        name: np.tile(_ABSENT, (len(rows), NUM_LANDMARKS, 1))
         for name, rows in faces.items()
     }
     for name, (bboxes, keypoints, _, lines, header) in labels.items():
@@ -417,259 +415,311 @@ def annotation_format(path: str | os.PathLike) -> str:
     return 'bbx_gt'
 
 
-@DATASETS.register_module()
-class WiderFaceDataset(BaseDetDataset):
-    """WIDER Face, read from its text annotation, with landmarks if given.
+def decode_picture(
+    content: bytes,
+    path: str | os.PathLike,
+    decode: Callable[[bytes], np.ndarray | None],
+) -> np.ndarray:
+    """Decode a picture, or say which file is no whole one.
 
-    No conversion is needed, other than for mmdet's ``WIDERFaceDataset``, which
-    reads PASCAL VOC files that a third party's script makes, and has neither
-    attributes nor landmarks. ``data_root`` is where the official archives were
-    unzipped::
-
-        dict(type='polynl_mm.WiderFaceDataset',
-             data_root='data/WIDERFace',
-             ann_file='wider_face_split/wider_face_train_bbx_gt.txt',
-             landmark_file='retinaface_gt_v1.1/train/label.txt',
-             data_prefix=dict(img='WIDER_train/images'),
-             filter_cfg=dict(filter_empty_gt=True))
-
-    ``ann_file`` says which pictures and faces there are. Its content tells
-    what it is: the official annotation, a landmark label file of RetinaFace
-    or SCRFD, or, in ``test_mode``, the official list of test pictures.
-
-    ``landmark_file`` adds landmarks to the faces of an official annotation.
-    RetinaFace's own code trains on its label file alone, which has no
-    attributes, so that invalid faces cannot be told from others. Here the
-    official annotation stays in charge and each of its faces takes the
-    landmarks of the equal box. To train on the same faces as that code, add
-    ``ignore_invalid=False``, or, without the official annotation, give the
-    label file as ``ann_file``.
-
-    A picture has ``img_path``, ``img_id`` (``event/name`` without suffix, a
-    str: what the official evaluation calls it) and ``instances``. An
-    instance has ``bbox`` [x1, y1, x2, y2] (as annotated, so it may stick out
-    of the picture; x2 is x + w), ``bbox_label`` 0, ``ignore_flag`` and, from
-    the official annotation, the attributes of the face: ``blur``,
-    ``expression``, ``illumination``, ``invalid``, ``occlusion``, ``pose``.
-    With a label file it has ``keypoints``: five times x, y, flag, see
-    :class:`LandmarkLabels`, which ``polynl_mm.LoadAnnotations`` loads.
-
-    - Faces that are flagged invalid, are smaller than ``min_size``, or that
-      SCRFD's file says to ignore if it is ``ann_file``, get ``ignore_flag``
-      1.
-    - Degenerate boxes (no width or no height) cover no pixel. Those of the
-      official annotation are left out, in training and in testing, and those
-      of ``landmark_file`` with them. In a label file alone they are an
-      error, or left out with ``skip_degenerate``.
-    - The annotation has no picture sizes, so there is no ``height`` and
-      ``width`` before a picture is loaded: ``AspectRatioBatchSampler`` and
-      ``filter_cfg=dict(min_size=...)``, which need them, do not work here.
+    OpenCV decodes a truncated JPEG without a word and fills what is missing,
+    and its error on an empty file names no file. Here a JPEG must have an
+    end-of-image marker after its last scan.
 
     Args:
-        landmark_file (str, optional): Landmark label file, under
-            ``data_root`` if it is relative. A face or a picture in it that
-            ``ann_file`` does not have is an error; a face that it does not
-            have has no landmarks.
-        min_size (int, optional): Ignore faces with a side below this many
-            pixels of the original picture. None ignores none.
-        ignore_invalid (bool): Ignore the faces that are flagged invalid.
-        skip_degenerate (bool): Leave out degenerate boxes of a label file
-            that is ``ann_file``, as RetinaFace's own code does.
-        filter_cfg (dict, optional): Only ``filter_empty_gt`` (bool): leave
-            out, in training, pictures in which no face is left that is not
-            ignored.
-        *args: See :class:`mmdet.datasets.BaseDetDataset`, and so for
-            ``**kwargs``.
+        content (bytes): What the file holds.
+        path (str or PathLike): Its name, for the messages.
+        decode (Callable): Gives the pixels; None or an error says that there
+            are none.
+
+    Returns:
+        ndarray: What ``decode`` gives.
 
     Raises:
-        FileNotFoundError: An annotation file, the picture folder or a
-            picture is not there.
-        ValueError: On an argument out of range and on malformed annotation.
+        ValueError: The file is empty, truncated or no picture.
     """
-
-    METAINFO = {'classes': ('face',), 'palette': [(0, 255, 0)]}
-
-    def __init__(
-        self,
-        *args,
-        landmark_file: str | None = None,
-        min_size: int | None = None,
-        ignore_invalid: bool = True,
-        skip_degenerate: bool = False,
-        filter_cfg: dict | None = None,
-        **kwargs,
-    ) -> None:
-        """Check the arguments and read the annotation."""
-        if min_size is not None and min_size <= 0:
+    if not content:
+        raise ValueError(f'{path}: empty, expected a picture')
+    if content.startswith(b'\xff\xd8'):
+        # Neither marker can occur within a scan. A thumbnail's scan comes
+        # before.
+        scan = content.rfind(b'\xff\xda')
+        if scan < 0 or content.find(b'\xff\xd9', scan) < 0:
             raise ValueError(
-                f'min_size must be None or above 0 pixels, got {min_size}'
+                f'{path}: truncated, {len(content)} bytes of a JPEG without '
+                f'its end'
             )
-        unknown = set(filter_cfg or ()) - {'filter_empty_gt'}
-        if unknown:
-            raise ValueError(
-                f'filter_cfg knows filter_empty_gt, got {sorted(unknown)}; '
-                f'for small faces give min_size to the data set itself'
-            )
-        self.landmark_file = landmark_file
-        self.min_size = min_size
-        self.ignore_invalid = ignore_invalid
-        self.skip_degenerate = skip_degenerate
-        super().__init__(*args, filter_cfg=filter_cfg, **kwargs)
+    try:
+        image = decode(content)
+    except Exception as error:
+        raise ValueError(f'{path}: not a readable picture ({error})') from (
+            error
+        )
+    if image is None:
+        raise ValueError(f'{path}: not a readable picture')
+    return image
 
-    def _join_prefix(self) -> None:
-        super()._join_prefix()
-        file = self.landmark_file
-        if file and not is_abs(file) and self.data_root:
-            self.landmark_file = join_path(self.data_root, file)
 
-    def load_data_list(self) -> list[dict]:
-        """Read the annotation and make sure that all pictures are there."""
-        folder = self.data_prefix.get('img')
-        if not folder:
-            raise ValueError(
-                "data_prefix must name the picture folder under 'img', such "
-                f"as dict(img='WIDER_train/images'), got {self.data_prefix}"
-            )
-        backend = get_file_backend(folder, backend_args=self.backend_args)
-        for place, exists, what in (
-            (self.ann_file, backend.isfile, 'annotation file, such as '
-             'wider_face_split/wider_face_train_bbx_gt.txt, of the unzipped '
-             'WIDER Face release'),
-            (self.landmark_file, backend.isfile, 'landmark label file, such '
-             'as retinaface_gt_v1.1/train/label.txt, of WIDER Face'),
-            (folder, backend.isdir, 'picture folder, such as '
-             'WIDER_train/images, of the unzipped WIDER Face release'),
-        ):  # fmt: skip
-            if place is not None and not exists(place):
-                raise FileNotFoundError(
-                    f'{place}: not there, expected the {what}'
-                )
-        data_list = [self.parse_data_info(raw) for raw in self._read()]
-        missing = [
-            data['img_path']
-            for data in data_list
-            if not backend.exists(data['img_path'])
-        ]
-        if missing:
-            raise FileNotFoundError(
-                f'{missing[0]}: not there, expected by {self.ann_file}; '
-                f'missing are {len(missing)} of {len(data_list)} pictures'
-            )
-        return data_list
+class GroundTruth(NamedTuple):
+    """Faces of n pictures, m in all, and which of them a setting keeps."""
 
-    def _read(self) -> list[dict]:
-        """Read the files into what :meth:`parse_data_info` takes."""
-        with get_local_path(
-            self.ann_file, backend_args=self.backend_args
-        ) as path:
-            kind = annotation_format(path)
-            if kind == 'bbx_gt':
-                faces = read_bbx_gt(path)
-            elif kind == 'landmarks':
-                labels = read_landmark_labels(
-                    path, allow_degenerate=self.skip_degenerate
-                )
-            else:
-                names = read_file_list(path)
-        if kind != 'bbx_gt' and self.landmark_file:
+    images: tuple[str, ...]
+    """The pictures, ``event/name`` without suffix, in official order."""
+    boxes: np.ndarray
+    """(m, 4) float64: left, top, width, height in pixels, by picture."""
+    starts: np.ndarray
+    """(n + 1,) int64: picture i has ``boxes[starts[i]:starts[i + 1]]``."""
+    kept: dict[str, np.ndarray]
+    """(m,) bool for each of ``easy``, ``medium``, ``hard``."""
+
+
+def load_wider_face_gt(gt_dir: str | os.PathLike) -> GroundTruth:
+    """Read the ground truth of the official evaluation.
+
+    Args:
+        gt_dir (str or PathLike): ``eval_tools/ground_truth``: a folder with
+            ``wider_face_val.mat`` and ``wider_easy_val.mat``,
+            ``wider_medium_val.mat``, ``wider_hard_val.mat``.
+
+    Returns:
+        GroundTruth: See there.
+
+    Raises:
+        FileNotFoundError: One of the four files is not there.
+        ValueError: A file is not of the official structure, or they are not
+            of the same pictures; says file and place.
+    """
+    path = os.path.join(gt_dir, 'wider_face_val.mat')
+    images, boxes = _load_cells(path, 'face_bbx_list')
+    if not images:
+        raise ValueError(f'{path}: has no picture')
+    for image, box in zip(images, boxes):
+        if box.ndim != 2 or (box.size and box.shape[1] != 4):
             raise ValueError(
-                f'{self.ann_file}: landmark_file goes with an official '
-                f'wider_face_*_bbx_gt.txt, got a file of another format'
+                f'{path}: face_bbx_list of {image} has shape {box.shape}, '
+                f'expected (faces, 4): x y w h'
             )
-        if kind == 'landmarks':
-            return [dict(name=k, labels=v) for k, v in labels.items()]
-        if kind == 'list':
-            if not self.test_mode:
+    boxes = [box.reshape(-1, 4).astype(np.float64) for box in boxes]
+    starts = np.cumsum([0, *map(len, boxes)])
+    boxes = np.concatenate(boxes)
+    if not np.isfinite(boxes).all():
+        raise ValueError(f'{path}: face_bbx_list has NaN or infinity')
+
+    kept = {}
+    for setting in SETTINGS:
+        path_of_setting = os.path.join(gt_dir, f'wider_{setting}_val.mat')
+        same_images, indices = _load_cells(path_of_setting, 'gt_list')
+        if same_images != images:
+            raise ValueError(
+                f'{path_of_setting}: its pictures are not those of {path}'
+            )
+        kept[setting] = np.zeros(len(boxes), bool)
+        for i, index in enumerate(indices):
+            # Stored as uint8 or uint16, from 1; nothing is an empty double.
+            index = index.ravel().astype(np.int64)
+            faces = kept[setting][starts[i] : starts[i + 1]]
+            if index.size and not 1 <= index.min() <= index.max() <= len(
+                faces
+            ):
                 raise ValueError(
-                    f'{self.ann_file}: a list of pictures without faces, '
-                    f'expected only with test_mode=True'
+                    f'{path_of_setting}: gt_list of {images[i]} has '
+                    f'{index.min()} to {index.max()}, expected indices of '
+                    f'its {len(faces)} faces, from 1'
                 )
-            return [dict(name=name) for name in names]
-        if not self.landmark_file:
-            return [dict(name=k, faces=v) for k, v in faces.items()]
-        with get_local_path(
-            self.landmark_file, backend_args=self.backend_args
-        ) as path:
-            # The official annotation has some that are degenerate.
-            labels = read_landmark_labels(path, allow_degenerate=True)
-        matched = match_landmarks(
-            faces, labels, self.ann_file, self.landmark_file
+            faces[index - 1] = True
+            if faces.sum() != len(index):
+                raise ValueError(
+                    f'{path_of_setting}: gt_list of {images[i]} has an index '
+                    f'more than once'
+                )
+    return GroundTruth(images, boxes, starts, kept)
+
+
+def _load_cells(path: str, key: str) -> tuple[tuple[str, ...], list]:
+    """Read the picture names and one array per picture of a .mat file."""
+    # Here, as looking up any polynl_mm type imports this module.
+    from scipy.io import loadmat
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f'{path}: not there, expected a file of the ground truth of the '
+            f'official WIDER Face evaluation'
         )
-        if not any((points[..., 2] > 0).any() for points in matched.values()):
-            raise ValueError(
-                f'{self.landmark_file}: none of its faces has landmarks'
-            )
-        return [
-            dict(name=name, faces=faces[name], keypoints=matched[name])
-            for name in faces
-        ]
+    names = ('event_list', 'file_list', key)
+    try:
+        mat = loadmat(path, variable_names=names)
+    except Exception as error:  # scipy raises all kinds on a damaged file
+        raise ValueError(f'{path}: no MATLAB 5 file: {error}') from error
+    images, arrays = [], []
+    try:
+        events, *columns = (mat[name].ravel() for name in names)
+        for i, event in enumerate(events):
+            stems, cells = (column[i].ravel() for column in columns)
+            if stems.size != cells.size:
+                raise ValueError(f'{stems.size} names, {cells.size} cells')
+            images += [f'{event.item()}/{stem.item()}' for stem in stems]
+            arrays += map(np.asarray, cells)
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
+        after = f' after {images[-1]}' if images else ''
+        raise ValueError(
+            f'{path}: {", ".join(names)} are not cells by event and picture'
+            f'{after}: {error}'
+        ) from error
+    if len(set(images)) < len(images):
+        raise ValueError(f'{path}: has a picture more than once')
+    return tuple(images), arrays
 
-    def parse_data_info(self, raw_data_info: dict) -> dict:
-        """Bring one picture into mmdet's form.
 
-        Args:
-            raw_data_info (dict): ``name``, the picture as ``event/name.jpg``,
-                and for a picture with annotation either ``labels``, its
-                :class:`LandmarkLabels`, or ``faces``, its (n, 10) array of
-                :func:`read_bbx_gt`, with or without ``keypoints``, its
-                (n, 5, 3) array of :func:`match_landmarks`.
+def read_predictions(
+    pred_dir: str | os.PathLike,
+    images: Iterable[str],
+    missing_as_empty: bool = False,
+    track: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, np.ndarray]:
+    """Read prediction files of the official form.
 
-        Returns:
-            dict: See the class.
-        """
-        name = raw_data_info['name']
-        faces = raw_data_info.get('faces')
-        labels = raw_data_info.get('labels')
-        keypoints = raw_data_info.get('keypoints')
-        attributes = ignore = None
-        if faces is not None:
-            bboxes = faces[:, :4].copy()
-            bboxes[:, 2:] += bboxes[:, :2]
-            attributes = [
-                dict(zip(ATTRIBUTES, row)) for row in faces[:, 4:].tolist()
-            ]
-            invalid = faces[:, 4 + ATTRIBUTES.index('invalid')] != 0
-            ignore = invalid & self.ignore_invalid
-        elif labels is not None:
-            bboxes, keypoints, ignore = labels[:3]
-        else:
-            bboxes = np.zeros((0, 4))
-            ignore = np.zeros(0, bool)
-        sides = bboxes[:, 2:] - bboxes[:, :2]
-        if self.min_size is not None:
-            ignore = ignore | (sides < self.min_size).any(1)
-        instances = []
-        for i in np.flatnonzero((sides > 0).all(1)):
-            face = dict(
-                bbox=bboxes[i].tolist(),
-                bbox_label=0,
-                ignore_flag=int(ignore[i]),
-            )
-            if attributes is not None:
-                face.update(attributes[i])
-            if keypoints is not None:
-                face['keypoints'] = keypoints[i].ravel().tolist()
-            instances.append(face)
-        return dict(
-            img_path=posixpath.join(self.data_prefix['img'], name),
-            img_id=posixpath.splitext(name)[0],
-            instances=instances,
+    ``<pred_dir>/<event>/<name>.txt`` has a line that is ignored, as the
+    official tools ignore it (they write ``event/name.jpg``), the number of
+    detections, and for each a line ``left top width height score``.
+
+    Args:
+        pred_dir (str or PathLike): Folder of the event folders.
+        images (Iterable[str]): All pictures, ``event/name``.
+        missing_as_empty (bool): Take a missing file for one without
+            detections, as the MATLAB toolbox does, instead of refusing.
+        track (Callable): Passes an iterable of the pictures on; shows
+            progress, for example.
+
+    Returns:
+        dict[str, ndarray]: By picture, in the given order, an (n, 5) float64
+        array, n >= 0, in the order of the file: left, top, width, height in
+        pixels, score.
+
+    Raises:
+        FileNotFoundError: ``pred_dir`` or a file is not there.
+        ValueError: A file is of no picture (any ``*.txt`` in ``pred_dir`` or
+            in a folder of it counts), or a line is not what is expected at
+            its place; says file, line and both.
+    """
+    images = tuple(images)
+    found = _prediction_files(pred_dir)
+    unknown = sorted(found.keys() - set(images))
+    if unknown:
+        raise ValueError(
+            f'{found[unknown[0]]}: the ground truth has no picture '
+            f'{unknown[0]}; of unknown pictures are {len(unknown)} of '
+            f'{len(found)} prediction files'
         )
+    missing = [image for image in images if image not in found]
+    if missing and not missing_as_empty:
+        raise FileNotFoundError(
+            f'{os.path.join(pred_dir, missing[0])}.txt: not there; missing '
+            f'are {len(missing)} of {len(images)} prediction files'
+        )
+    return {
+        image: _read_rows(found[image]) if image in found else np.empty((0, 5))
+        for image in track(images)
+    }
 
-    def filter_data(self) -> list[dict]:
-        """Leave out pictures without a face to learn, if asked to."""
-        wanted = (self.filter_cfg or {}).get('filter_empty_gt', False)
-        if self.test_mode or not wanted:
-            return self.data_list
-        kept = [
-            data
-            for data in self.data_list
-            if not all(face['ignore_flag'] for face in data['instances'])
-        ]
-        if not kept:
-            raise ValueError(
-                f'{self.ann_file}: none of its {len(self.data_list)} '
-                f'pictures has a face that is not ignored (min_size='
-                f'{self.min_size}), expected at least one'
-            )
-        return kept
+
+def _prediction_files(pred_dir: str | os.PathLike) -> dict[str, str]:
+    """Give the path of every text file, by path in pred_dir less suffix."""
+    if not os.path.isdir(pred_dir):
+        raise FileNotFoundError(
+            f'{os.fspath(pred_dir)}: not there, expected the folder of the '
+            f'predictions, event/name.txt'
+        )
+    files = {}
+    for entry in os.scandir(pred_dir):
+        names = os.listdir(entry.path) if entry.is_dir() else ()
+        inside = [f'{entry.name}/{name}' for name in names]
+        for name in inside or [entry.name]:
+            stem, suffix = os.path.splitext(name)
+            if suffix == '.txt':
+                files[stem] = os.path.join(pred_dir, name)
+    return files
+
+
+def _read_rows(path: str) -> np.ndarray:
+    # latin-1 takes every byte; what is no number is reported by its line.
+    with open(path, encoding='latin-1') as file:
+        lines = file.readlines()
+    rows = [line for line in lines[2:] if not line.isspace()]
+    try:
+        boxes = _numbers(rows)
+        if (
+            int(lines[1]) == len(boxes)
+            and boxes.shape[1] == 5
+            and np.isfinite(boxes).all()
+        ):
+            return boxes
+    except (IndexError, ValueError):
+        pass
+    raise ValueError(f'{path}{_defect(lines)}')
+
+
+def _numbers(rows: list[str]) -> np.ndarray:
+    """Numbers of rows of equal length, (n, columns) float64."""
+    if not rows:
+        return np.empty((0, 5))
+    return np.loadtxt(rows, ndmin=2, comments=None)
+
+
+def _defect(lines: list[str]) -> str:
+    """Say where and what the first thing wrong in a prediction file is."""
+    if len(lines) < 2:
+        return (
+            f': ends after {len(lines)} lines, expected a line with the '
+            f'picture and one with the number of detections'
+        )
+    try:
+        count = int(lines[1])
+    except ValueError:
+        return _at(2, lines, 'the number of detections')
+    found = 0
+    for number, line in enumerate(lines[2:], 3):
+        if line.isspace():
+            continue
+        try:
+            row = _numbers([line])
+        except ValueError:
+            row = np.empty((1, 0))
+        if row.shape[1] != 5 or not np.isfinite(row).all():
+            return _at(number, lines, f'5 finite numbers, {PREDICTION}')
+        found += 1
+    return (
+        f', line 2: says {count} detections, expected {found}, as many as '
+        f'follow'
+    )
+
+
+def _at(number: int, lines: list[str], expected: str) -> str:
+    text = lines[number - 1].strip()[:80]
+    return f', line {number}: got {text!r}, expected {expected}'
+
+
+def write_predictions(
+    out_dir: str | os.PathLike, predictions: Mapping[str, np.ndarray]
+) -> None:
+    """Write prediction files of the official form, those with the best first.
+
+    Numbers are written with as many digits as it takes to read the same
+    float64 again, so AP of the files is exactly AP of the arrays. Existing
+    files of the same pictures are replaced, others are left.
+
+    Args:
+        out_dir (str or PathLike): Folder of the event folders; made if need
+            be.
+        predictions (Mapping[str, ndarray]): By picture, ``event/name``, an
+            (n, 5) array: left, top, width, height in pixels, score.
+    """
+    for image, rows in predictions.items():
+        # The Python ports take the order of the file for that of the scores.
+        rows = np.asarray(rows, np.float64)
+        rows = rows[np.argsort(-rows[:, 4], kind='stable')]
+        lines = [f'{image}.jpg', str(len(rows))]
+        lines += [' '.join(map(repr, row)) for row in rows.tolist()]
+        path = os.path.join(out_dir, f'{image}.txt')
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w', encoding='utf-8', newline='\n') as file:
+            file.write('\n'.join(lines) + '\n')

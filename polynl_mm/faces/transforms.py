@@ -2,10 +2,10 @@
 
 They carry mmdet's names and are mmdet's where there are no landmarks; what
 they add is said at each. Landmarks travel as ``gt_keypoints``, an (n, 5, 3)
-float32 array: x and y in pixels of the picture as it is at that point, and a
-flag, 0 for absent, 1 for occluded, 2 for visible. Coordinates are those of
-boxes: pixel i covers [i, i + 1). A landmark is absent where its flag says so,
-nowhere else: transforms move absent ones, too, to places without a meaning.
+float32 array, see :mod:`polynl_mm.faces.landmarks`, in pixels of the picture
+as it is at that point. Coordinates are those of boxes: pixel i covers
+[i, i + 1). A landmark is absent where its flag says so, nowhere else:
+transforms move absent ones, too, to places without a meaning.
 
 mmcv's wrappers build these by name: ``RandomResize`` and
 ``RandomChoiceResize`` with ``resize_type='polynl_mm.Resize'``, and
@@ -15,6 +15,7 @@ mmcv's wrappers build these by name: ``RandomResize`` and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import mmcv
 import numpy as np
@@ -27,7 +28,8 @@ from mmengine import fileio
 
 from polynl_mm.registry import TRANSFORMS
 
-from .wider_face import FLIP_INDICES, LANDMARKS
+from .files import decode_picture
+from .landmarks import FLIP_INDICES, NUM_LANDMARKS
 
 # One row for each face.
 _PER_FACE = (
@@ -42,9 +44,7 @@ _PER_FACE = (
 class LoadImageFromFile(_LoadImageFromFile):
     """mmcv's, but a file that is no whole picture is an error that names it.
 
-    OpenCV decodes a truncated JPEG without a word and fills what is missing,
-    and its error on an empty file names no file. Here a JPEG must have an
-    end-of-image marker after its last scan.
+    See :func:`~.files.decode_picture`.
 
     Args:
         ignore_empty (bool): Give None, which makes the data set take another
@@ -82,29 +82,15 @@ class LoadImageFromFile(_LoadImageFromFile):
         return results
 
     def _decode(self, path: str) -> np.ndarray:
-        content = fileio.get(path, backend_args=self.backend_args)
-        if not content:
-            raise ValueError(f'{path}: empty, expected a picture')
-        if content.startswith(b'\xff\xd8'):
-            # Neither marker can occur within a scan. A thumbnail's scan
-            # comes before.
-            scan = content.rfind(b'\xff\xda')
-            if scan < 0 or content.find(b'\xff\xd9', scan) < 0:
-                raise ValueError(
-                    f'{path}: truncated, {len(content)} bytes of a JPEG '
-                    f'without its end'
-                )
-        try:
-            image = mmcv.imfrombytes(
-                content, flag=self.color_type, backend=self.imdecode_backend
-            )
-        except Exception as error:
-            raise ValueError(
-                f'{path}: not a readable picture ({error})'
-            ) from error
-        if image is None:
-            raise ValueError(f'{path}: not a readable picture')
-        return image
+        return decode_picture(
+            fileio.get(path, backend_args=self.backend_args),
+            path,
+            partial(
+                mmcv.imfrombytes,
+                flag=self.color_type,
+                backend=self.imdecode_backend,
+            ),
+        )
 
 
 @TRANSFORMS.register_module()
@@ -137,7 +123,7 @@ class LoadAnnotations(host.LoadAnnotations):
         # mmcv's fails on a picture without a face.
         results['gt_keypoints'] = np.array(
             [face['keypoints'] for face in instances], np.float32
-        ).reshape(-1, len(LANDMARKS), 3)
+        ).reshape(-1, NUM_LANDMARKS, 3)
 
 
 @TRANSFORMS.register_module()

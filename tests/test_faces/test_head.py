@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from detectors import DETECTORS, landmarks_in, sample
+from mmdet.structures.bbox import bbox_overlaps
 from oracles import match_loop, retinaface_losses_loop
 from torch.testing import assert_close
 
-from polynl_mm.models import retinaface
-from polynl_mm.models.retinaface import LandmarkCoder
+from polynl_mm.faces.head import LandmarkCoder
+
+pytestmark = pytest.mark.usefixtures('quiet_and_quick')
 
 NAMES = list(DETECTORS)
 WITH_LANDMARKS = ['p3-p5', 'p2-p6']
@@ -469,7 +471,9 @@ def test_averages_are_over_all_processes(build, monkeypatch):
     visible = torch.tensor([[1] * 5, [0] * 5])
     alone = losses_of(head, outs, [annotated(FACES, visible)])
     # As if the other process had seen three times as many.
-    monkeypatch.setattr(retinaface, 'reduce_mean', lambda count: count * 2)
+    monkeypatch.setattr(
+        'polynl_mm.faces.head.reduce_mean', lambda count: count * 2
+    )
     shared = losses_of(head, outs, [annotated(FACES, visible)])
     assert alone.keys() == {
         'loss_cls', 'loss_bbox', 'loss_landmark', 'loss_iou'
@@ -586,7 +590,7 @@ def told(head, faces, points, scores, size=128):
     preds[0] -= 20
     chosen = []
     for face, five, score in zip(faces, points, scores):
-        ious = retinaface.bbox_overlaps(anchors, face[None])[:, 0]
+        ious = bbox_overlaps(anchors, face[None])[:, 0]
         ious[chosen] = -1
         best = ious.argmax()
         chosen.append(best.item())

@@ -21,10 +21,9 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from polynl_mm.datasets import LANDMARKS
 from polynl_mm.registry import MODELS, TASK_UTILS
 
-NUM_LANDMARKS = len(LANDMARKS)
+from .landmarks import NUM_LANDMARKS
 
 _LANDMARK_CODER = dict(type='polynl_mm.LandmarkCoder')
 _INIT_CFG = dict(

@@ -1,25 +1,18 @@
 """The protocol: counted by hand, against a slow truth, on the real faces."""
 
-import importlib.util
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from oracles import wider_face_loop
 
-from polynl_mm.evaluation import (
+from polynl_mm.faces.ap import (
     average_precision,
     evaluate,
-    load_wider_face_gt,
     precision_recall,
-    read_predictions,
-    write_predictions,
 )
+from polynl_mm.faces.files import load_wider_face_gt
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = ('easy', 'medium', 'hard')
 
 
@@ -38,32 +31,6 @@ def curve_of(write, folder, pictures):
 
 
 # Counted by hand
-
-
-@pytest.fixture
-def three(tmp_path, write):
-    """Vector 1: a find, a dropped one, doubles, a picture without kept."""
-    pictures = {
-        'a--A/A': (
-            [(10, 10, 20, 20), (50, 10, 8, 8), (100, 100, 30, 40)],
-            {'hard': [1, 3], 'medium': [1, 2, 3], 'easy': [2]},
-            [
-                (12, 10, 20, 20, 0.7),
-                (10, 10, 20, 20, 0.9),
-                (100, 104, 30, 40, 0.5),
-                (50, 10, 8, 8, 0.8),
-                (200, 200, 30, 30, 0.6),
-            ],
-        ),
-        'b--B/B': ([(5, 5, 10, 10)], {s: [1] for s in SETTINGS}, []),
-        'b--B/C': (
-            [(5, 5, 9, 9)],
-            {},
-            [(5, 5, 9, 9, 0.4), (40, 40, 9, 9, 0.3)],
-        ),
-    }
-    gt = load_wider_face_gt(write.gt(tmp_path / 'gt', pictures))
-    return gt, {image: p[2] for image, p in pictures.items()}
 
 
 def test_curve_counted_by_hand(three):
@@ -284,10 +251,10 @@ def test_agrees_with_the_loop(tmp_path, write, mode, seed):
 
 
 def test_blocks_are_as_good_as_one(three, monkeypatch):
-    from polynl_mm.evaluation import wider_face_ap
+    from polynl_mm.faces import ap
 
     expected = precision_recall(*three)
-    monkeypatch.setattr(wider_face_ap, '_PAIRS', 1)
+    monkeypatch.setattr(ap, '_PAIRS', 1)
     for setting, curve in precision_recall(*three).items():
         np.testing.assert_array_equal(curve, expected[setting])
 
@@ -428,147 +395,6 @@ def test_whole_val_set_takes_seconds(real_gt):
     assert time.process_time() - start < 2
 
 
-# Prediction files
-
-
-@pytest.fixture
-def files(three, tmp_path, write):
-    """A good set of files, and what reads it."""
-    gt, rows = three
-    folder = write.rows(tmp_path / 'predictions', rows)
-    return folder, lambda **how: read_predictions(folder, gt.images, **how)
-
-
-def test_files_are_read_in_their_order(files, three):
-    rows = files[1]()
-    assert list(rows) == list(three[0].images)
-    for image, expected in three[1].items():
-        assert rows[image].dtype == np.float64
-        np.testing.assert_array_equal(
-            rows[image], np.array(expected).reshape(-1, 5)
-        )
-
-
-def test_what_other_detectors_write(files):
-    folder, read = files
-    (folder / 'a--A/A.txt').write_bytes(
-        b'A\r\n 4 \r\n'
-        b'12 10 20 20 1\r\n'
-        b'\t-1.5e1  10. .5 +20 -7.25\r\n'
-        b'\r\n'
-        b'1 2 3 4 0.1 \r\n'
-        b'1 2 0 -4 12.1  \r\n\r\n'
-    )
-    (folder / 'b--B/C.txt').write_bytes(b'C\n0\n\n \r\n')
-    (folder / 'a--A/notes.md').write_text('not a prediction')
-    (folder / 'pictures').mkdir()
-    (folder / 'pictures/a.png').write_bytes(b'')
-    np.testing.assert_array_equal(
-        read()['a--A/A'],
-        [
-            [12, 10, 20, 20, 1],
-            [-15, 10, 0.5, 20, -7.25],
-            [1, 2, 3, 4, 0.1],
-            [1, 2, 0, -4, 12.1],
-        ],
-    )
-    assert read()['b--B/C'].shape == (0, 5)
-
-
-def test_written_files_read_as_the_same_numbers(three, tmp_path):
-    gt, _ = three
-    rng = np.random.default_rng(0)
-    rows = {
-        image: rng.normal(0, 10.0 ** rng.integers(-9, 9, (n, 5)))
-        for image, n in zip(gt.images, (0, 1, 500))
-    }
-    write_predictions(tmp_path / 'new/folder', rows)
-    again = read_predictions(tmp_path / 'new/folder', gt.images)
-    for image in rows:
-        # The best first.
-        order = np.argsort(-rows[image][:, 4])
-        np.testing.assert_array_equal(again[image], rows[image][order])
-    lines = (tmp_path / 'new/folder/b--B/B.txt').read_text().split('\n')
-    assert lines[:2] == ['b--B/B.jpg', '1'] and lines[3:] == ['']
-    assert (tmp_path / 'new/folder/a--A/A.txt').read_text() == (
-        'a--A/A.jpg\n0\n'
-    )
-
-
-GOOD = '12 10 20 20 0.7'
-
-
-@pytest.mark.parametrize(
-    'lines, message',
-    (
-        ([], ': ends after 0 lines, expected a line with the picture'),
-        (['A'], ': ends after 1 lines'),
-        (['A', 'two', GOOD], ", line 2: got 'two', expected the number"),
-        ([GOOD, GOOD], f", line 2: got '{GOOD}', expected the number"),
-        (['A', '1.0', GOOD], ", line 2: got '1.0'"),
-        (['A', '2', GOOD], ', line 2: says 2 detections, expected 1,'),
-        (['A', '-1'], ', line 2: says -1 detections, expected 0,'),
-        (['A', '0', GOOD], ', line 2: says 0 detections, expected 1,'),
-        (['A', '3', GOOD, '', '1 2 3 4'], ", line 5: got '1 2 3 4', expected"),
-        (['A', '1', '1 2 3 4'], ", line 3: got '1 2 3 4'"),
-        (['A', '1', '1 2 3 4 5 6'], ", line 3: got '1 2 3 4 5 6'"),
-        (['A', '2', '1 2 3 4', '1 2 3 4 5 6'], ", line 3: got '1 2 3 4'"),
-        (['A', '2', GOOD, '1 2 3 4 nan'], ", line 4: got '1 2 3 4 nan'"),
-        (['A', '2', GOOD, '1 inf 3 4 5'], ", line 4: got '1 inf 3 4 5'"),
-        (['A', '1', '1 2 3 4 -1e999'], ", line 3: got '1 2 3 4 -1e999'"),
-        (['A', '1', '1,2,3,4,5'], ", line 3: got '1,2,3,4,5', expected 5 f"),
-        (['A', '1', '1 2 3 4 0_5'], ", line 3: got '1 2 3 4 0_5'"),
-        (['A', '1', '1 2 3 4 0.5 # a'], ', line 3'),
-        (['A', '1', '# 1 2 3 4 5'], ', line 3'),
-        (['A', '1', 'é 2 3 4 5'], ', line 3'),
-    ),
-)
-def test_malformed_file(files, lines, message):
-    folder, read = files
-    file = folder / 'a--A' / 'A.txt'
-    file.write_text('\n'.join(lines))
-    with pytest.raises(ValueError) as error:
-        read()
-    assert str(error.value).startswith(f'{file}{message}')
-
-
-def test_missing_files(files):
-    folder, read = files
-    (folder / 'a--A/A.txt').unlink()
-    (folder / 'b--B/C.txt').unlink()
-    with pytest.raises(FileNotFoundError, match='2 of 3') as error:
-        read()
-    assert str(error.value).startswith(str(folder / 'a--A/A.txt'))
-    rows = read(missing_as_empty=True)
-    assert [rows[image].shape for image in rows] == [(0, 5)] * 3
-
-
-def test_missing_event_folder(files):
-    folder, read = files
-    (folder / 'a--A').rename(folder.parent / 'elsewhere')
-    with pytest.raises(FileNotFoundError, match='a--A/A.txt: not there'):
-        read()
-
-
-def test_missing_folder(files):
-    folder, read = files
-    folder.rename(folder.parent / 'elsewhere')
-    for missing_as_empty in (False, True):
-        with pytest.raises(FileNotFoundError, match='folder of the pred'):
-            read(missing_as_empty=missing_as_empty)
-
-
-@pytest.mark.parametrize('name', ('a--A/B.txt', 'c--C/A.txt', 'A.txt'))
-@pytest.mark.parametrize('missing_as_empty', (False, True))
-def test_file_of_an_unknown_picture(files, name, missing_as_empty):
-    folder, read = files
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text('A\n0\n')
-    with pytest.raises(ValueError, match='has no picture') as error:
-        read(missing_as_empty=missing_as_empty)
-    assert str(error.value).startswith(f'{folder / name}: ')
-
-
 # Arrays
 
 
@@ -605,98 +431,3 @@ def test_rows_of_another_shape(three):
     for wrong in (np.ones((3, 4)), np.ones(5), np.ones((1, 2, 5))):
         with pytest.raises(ValueError, match='a--A/A have shape'):
             evaluate(gt, {**rows, 'a--A/A': wrong})
-
-
-# Ground truth files
-
-
-def test_mini_wider_is_read(tmp_path):
-    spec = importlib.util.spec_from_file_location(
-        'mini_data_maker', ROOT / 'tools' / 'make_mini_data.py'
-    )
-    maker = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = maker
-    spec.loader.exec_module(maker)
-    faces = [
-        maker.Face(3, 4, 20, h, *[0] * 3, invalid, 0, 0)
-        for h, invalid in ((50, 0), (50, 1), (25, 0), (11, 0), (8, 0))
-    ]
-    crowd = [faces[0]] * 300
-    events = {'0--A': {'x': faces, 'y': []}, '1--B': {'z': crowd}}
-    maker.write_wider_mats(tmp_path, events)
-    gt = load_wider_face_gt(tmp_path)
-    assert gt.images == ('0--A/x', '0--A/y', '1--B/z')
-    assert gt.starts.tolist() == [0, 5, 6, 306]
-    assert gt.boxes.dtype == np.float64
-    assert gt.boxes[:6, 3].tolist() == [50, 50, 25, 11, 8, 0]
-    kept = {s: np.flatnonzero(k[:6]).tolist() for s, k in gt.kept.items()}
-    assert kept == dict(easy=[0], medium=[0, 2], hard=[0, 2, 3])
-    assert gt.kept['easy'][6:].all()
-
-
-@pytest.mark.parametrize('name', ('face', *SETTINGS))
-def test_missing_ground_truth(three, tmp_path, name):
-    file = tmp_path / 'gt' / f'wider_{name}_val.mat'
-    file.unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        load_wider_face_gt(tmp_path / 'gt')
-    assert str(error.value).startswith(f'{file}: not there')
-
-
-@pytest.mark.parametrize('name', ('face', *SETTINGS))
-def test_damaged_ground_truth(three, tmp_path, name):
-    file = tmp_path / 'gt' / f'wider_{name}_val.mat'
-    whole = file.read_bytes()
-    for part in (b'', b'hello', whole[: len(whole) // 2]):
-        file.write_bytes(part)
-        with pytest.raises(ValueError) as error:
-            load_wider_face_gt(tmp_path / 'gt')
-        assert str(error.value).startswith(f'{file}: ')
-
-
-def test_ground_truth_of_something_else(three, tmp_path, write):
-    gt = tmp_path / 'gt'
-    good = (gt / 'wider_hard_val.mat').read_bytes()
-    boxes = (gt / 'wider_face_val.mat').read_bytes()
-    # Without gt_list.
-    (gt / 'wider_hard_val.mat').write_bytes(boxes)
-    with pytest.raises(ValueError, match='wider_hard_val.mat: .*gt_list'):
-        load_wider_face_gt(gt)
-    # Of other pictures.
-    write.gt(tmp_path / 'other', {'e/i': ([(0, 0, 9, 9)], {})})
-    other = tmp_path / 'other' / 'wider_hard_val.mat'
-    (gt / 'wider_hard_val.mat').write_bytes(other.read_bytes())
-    with pytest.raises(ValueError, match='pictures are not those of'):
-        load_wider_face_gt(gt)
-    (gt / 'wider_hard_val.mat').write_bytes(good)
-    load_wider_face_gt(gt)
-
-
-@pytest.mark.parametrize(
-    'kept, message',
-    (
-        ([2], 'gt_list of e/i has 2 to 2, expected indices of its 1 faces'),
-        ([0], 'gt_list of e/i has 0 to 0'),
-        ([1, 1], 'gt_list of e/i has an index more than once'),
-    ),
-)
-def test_wrong_indices(tmp_path, write, kept, message):
-    write.gt(tmp_path, {'e/i': ([(0, 0, 9, 9)], {'medium': kept})})
-    with pytest.raises(ValueError, match=f'wider_medium_val.mat: {message}'):
-        load_wider_face_gt(tmp_path)
-
-
-def test_needs_no_torch_and_no_host(three, tmp_path):
-    code = f"""
-import sys
-for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg'):
-    sys.modules[name] = None
-sys.path.insert(0, {str(ROOT)!r})
-from polynl_mm.evaluation import evaluate, load_wider_face_gt
-gt = load_wider_face_gt({str(tmp_path / 'gt')!r})
-print(evaluate(gt, {{}}, missing_as_empty=True)['hard'])
-"""
-    done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, '0.0\n'), done.stderr

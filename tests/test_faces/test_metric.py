@@ -23,8 +23,8 @@ from mmengine.registry import METRICS, DefaultScope  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
 from polynl_mm.engine import launch  # noqa: E402
-from polynl_mm.evaluation import (  # noqa: E402
-    evaluate,
+from polynl_mm.faces.ap import evaluate  # noqa: E402
+from polynl_mm.faces.files import (  # noqa: E402
     load_wider_face_gt,
     read_predictions,
 )

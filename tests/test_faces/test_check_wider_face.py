@@ -7,8 +7,6 @@ import cv2
 import numpy as np
 import pytest
 
-pytest.importorskip('mmdet')
-
 TOOL = Path(__file__).parents[2] / 'tools' / 'check_wider_face.py'
 FACE = '5 6 20 30 1 0 0 0 0 0 \n'
 TRAIN = (
@@ -82,6 +80,12 @@ def test_counts_of_a_whole_release(check, args):
         ['val', '1', '1', '0', '0', '-', '0'],
         ['test', '1', '-', '-', '-', '-', '-'],
     ]
+
+
+def test_needs_neither_torch_nor_a_host(check, root, without_hosts):
+    lines, _ = check('--decode')
+    printed = without_hosts(TOOL, str(root), '--decode')
+    assert printed.splitlines() == lines
 
 
 def test_missing_and_extra_pictures(check, root):

@@ -13,7 +13,8 @@ from pathlib import Path
 import cv2
 import pytest
 
-from polynl_mm.evaluation import evaluate, load_wider_face_gt
+from polynl_mm.faces.ap import evaluate
+from polynl_mm.faces.files import load_wider_face_gt
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'eval_wider_face.py'
 PICTURES = {
@@ -72,6 +73,10 @@ def test_last_line_is_the_json_object_with_all_digits(run, here):
     assert done.stderr.splitlines() == [
         '2 pictures, 4 detections in 1 of them'
     ]
+
+
+def test_needs_neither_torch_nor_a_host(run, here, without_hosts):
+    assert without_hosts(TOOL, 'pred', 'gt') == run().stdout
 
 
 def test_json_file_and_curves(run, here):

@@ -17,7 +17,9 @@ from mmengine.structures import InstanceData
 from oracles import vote_loop
 from torch.testing import assert_close
 
-from polynl_mm.models.tta import BoxVotingTTAModel, vote_boxes
+from polynl_mm.faces.voting import BoxVotingTTAModel, vote_boxes
+
+pytestmark = pytest.mark.usefixtures('quiet_and_quick')
 
 ROOT = Path(__file__).parents[2]
 

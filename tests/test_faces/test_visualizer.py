@@ -7,7 +7,9 @@ from detectors import landmarks_in, sample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
-from polynl_mm.models.visualizer import FaceVisualizer
+from polynl_mm.faces.visualizer import FaceVisualizer
+
+pytestmark = pytest.mark.usefixtures('quiet_and_quick')
 
 BOXES = [[20, 30, 140, 150], [200, 40, 320, 190], [60, 160, 130, 230]]
 GRAY = np.full((240, 360, 3), 128, np.uint8)

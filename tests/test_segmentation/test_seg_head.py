@@ -1,6 +1,9 @@
 """PolyNLHead against its parts put together by hand, in mmseg's models."""
 
 import pytest
+
+pytest.importorskip('mmseg')
+
 import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope
@@ -14,7 +17,9 @@ from torch.nn.functional import batch_norm, conv2d, relu
 from torch.testing import assert_close
 
 from polynl_mm.layers import PolyNL2d
-from polynl_mm.models.seg_head import PolyNLHead
+from polynl_mm.segmentation.head import PolyNLHead
+
+pytestmark = pytest.mark.usefixtures('quiet_and_quick')
 
 HEAD = dict(
     in_channels=5,

@@ -1,0 +1,5 @@
+"""Semantic segmentation: what is bound to mmseg.
+
+``head`` puts the layer into a decode head, ``labels`` looks at a data set
+before the start. Each is imported from where it is.
+"""
