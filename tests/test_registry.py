@@ -154,19 +154,48 @@ def test_package_import_is_light(tmp_path):
     run(code, tmp_path)
 
 
-def test_ops_need_nothing_but_torch(tmp_path):
+def test_ops_and_layers_need_nothing_but_torch(tmp_path):
     code = """
     import torch
     before = set(sys.modules)
-    from polynl_mm.ops import poly_nl
+    import polynl_mm
     x, *ws = (torch.randn(3, 3).requires_grad_() for _ in range(4))
+    p = polynl_mm.Params(*ws, 1.0, 0.5)
     for form in ('auto', 'direct', 'gram'):
-        poly_nl(x[None], *ws, 1.0, 0.5, form=form).sum().backward()
+        polynl_mm.poly_nl(x[None], p, form=form).sum().backward()
+        layer = polynl_mm.PolyNL1d(3, beta_init=0.5, form=form)
+        layer(x[None]).sum().backward()
+        assert layer.w1.weight.grad.abs().sum() > 0
     assert ws[0].grad.abs().sum() > 0
+    assert polynl_mm.PolyNL2d and polynl_mm.PolyNL3d
     roots = {name.partition('.')[0] for name in set(sys.modules) - before}
     assert roots - sys.stdlib_module_names <= {'polynl_mm', 'torch'}, roots
     """
     run(code, tmp_path, hidden=['mmengine', 'mmcv', *HOSTS])
+
+
+def test_with_mmengine_alone(tmp_path):
+    """Types resolve, a model is fused, and the hook is there."""
+    code = """
+    import torch
+    from mmengine.registry import HOOKS, MODELS
+    layer = MODELS.build(
+        dict(type='polynl_mm.PolyNL2d', in_channels=6, beta_init=0.5)
+    )
+    assert HOOKS.build(dict(type='polynl_mm.PolyNLHook'))
+    assert MODELS.get('polynl_mm.Insert') is not None
+    import polynl_mm
+    assert polynl_mm.insert_blocks and type(layer) is polynl_mm.PolyNL2d
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 6, 1), torch.nn.BatchNorm2d(6), layer
+    ).eval()
+    x = torch.randn(2, 4, 5, 7)
+    y = model(x)
+    assert polynl_mm.fuse_poly_nl(model)[1].fused == ['2']
+    assert torch.allclose(model(x), y, atol=1e-5)
+    assert not {'mmcv', 'mmdet', 'mmseg'} & set(sys.modules)
+    """
+    run(code, tmp_path, hidden=['mmcv', *HOSTS])
 
 
 # --------------------------------------------------- the hosts' own tools
