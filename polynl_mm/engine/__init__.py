@@ -1,6 +1,6 @@
 """Start-up on any machine and safe checkpoint loading."""
 
-from . import checkpoint
+from . import safe_load
 from .runner import GlooRunner
 
-__all__ = ['GlooRunner', 'checkpoint']
+__all__ = ['GlooRunner', 'safe_load']

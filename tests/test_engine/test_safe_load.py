@@ -15,7 +15,7 @@ HistoryBuffer = pytest.importorskip('mmengine.logging').HistoryBuffer
 
 from mmengine.utils import digit_version  # noqa: E402
 
-import polynl_mm.engine.checkpoint  # noqa: E402, F401
+import polynl_mm.engine.safe_load  # noqa: E402, F401
 
 ROOT = Path(__file__).parents[2]
 
