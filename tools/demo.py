@@ -12,15 +12,15 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
 import cv2
 from mmcv.transforms import TRANSFORMS, LoadImageFromFile
 
-from polynl_mm.engine import launch
-from polynl_mm.engine.launch import StartError
+from polynl_mm.engine import checks, cli, start
+from polynl_mm.engine.cli import StartError
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
 def parse_args():
     """Parse the command line."""
-    parser = launch.Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument('images', help='an image, or a folder of images')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
@@ -95,10 +95,10 @@ def main():
     """Draw."""
     args = parse_args()
     images = find_images(args.images)
-    cfg = launch.read_config(args.config, args.cfg_options)
-    launch.require(cfg, 'model', 'test_dataloader', 'visualizer')
+    cfg = start.read_config(args.config, args.cfg_options)
+    checks.require(cfg, 'model', 'test_dataloader', 'visualizer')
     kind = inferencer_class(cfg)
-    launch.check_checkpoint(cfg, args.checkpoint)
+    checks.check_checkpoint(cfg, args.checkpoint)
     plain_loader(cfg)
     # Nothing but the pictures below is to be stored.
     cfg.visualizer.vis_backends = None
@@ -111,4 +111,4 @@ def main():
 
 
 if __name__ == '__main__':
-    launch.run(main)
+    cli.run(main)

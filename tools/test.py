@@ -13,14 +13,14 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
 from mmengine.config import ConfigDict
 from mmengine.registry import METRICS
 
-from polynl_mm.engine import launch
+from polynl_mm.engine import checks, cli, start
+from polynl_mm.engine.cli import StartError
 from polynl_mm.engine.hooks import PolyNLHook
-from polynl_mm.engine.launch import StartError
 
 
 def parse_args():
     """Parse the command line."""
-    parser = launch.Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_job()
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
@@ -86,13 +86,13 @@ def set_show(cfg, args):
         hook.show = True
         hook.wait_time = args.wait_time
     if args.show_dir:
-        launch.require(cfg, 'visualizer')
+        checks.require(cfg, 'visualizer')
         cfg.visualizer.save_dir = args.show_dir
 
 
 def set_tta(cfg):
     """Put the model and the pipeline of test-time augmentation in place."""
-    data = list(launch.leaf_datasets(cfg.test_dataloader))
+    data = list(checks.leaf_datasets(cfg.test_dataloader))
     if host_of(cfg, '--tta') == 'mmdet':
         # mmdet's own tool flips, too, where the config says nothing.
         cfg.setdefault(
@@ -105,7 +105,7 @@ def set_tta(cfg):
             ),
         )
         cfg.setdefault('tta_pipeline', flip_pipeline(data[0].pipeline))
-    launch.require(cfg, 'tta_model', 'tta_pipeline')
+    checks.require(cfg, 'tta_model', 'tta_pipeline')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     for each in data:
         each.pipeline = cfg.tta_pipeline
@@ -168,22 +168,22 @@ def takes_output_dir(metric):
 def main():
     """Evaluate."""
     args = parse_args()
-    cfg = launch.load_config(args)
-    launch.require(
+    cfg = start.load_config(args)
+    checks.require(
         cfg, 'model', 'test_dataloader', 'test_cfg', 'test_evaluator'
     )
-    runner_class = launch.runner_class(cfg)
+    runner_class = start.runner_class(cfg)
     if args.show or args.show_dir:
         set_show(cfg, args)
     if args.out:
         set_out(cfg, args.out)
-    launch.check_data(cfg, 'test')
-    launch.check_checkpoint(cfg, args.checkpoint)
+    checks.check_data(cfg, 'test')
+    checks.check_checkpoint(cfg, args.checkpoint)
     cfg.load_from = args.checkpoint
     cfg.resume = False
     if args.tta:
         set_tta(cfg)
-    runner = launch.build_runner(runner_class, cfg, 'test')
+    runner = start.build_runner(runner_class, cfg, 'test')
     if args.fuse:
         set_fuse(runner)
     if args.out and cfg.default_scope == 'mmdet':
@@ -195,4 +195,4 @@ def main():
 
 
 if __name__ == '__main__':
-    launch.run(main)
+    cli.run(main)

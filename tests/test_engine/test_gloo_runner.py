@@ -250,7 +250,7 @@ LEAVING = """
 import atexit
 
 import torch
-from polynl_mm.engine import launch
+from polynl_mm.engine import cli
 
 
 class Kept:
@@ -263,12 +263,12 @@ def tool():
         'gloo', init_method='file://' + FILE, rank=0, world_size=1)
     print('done')
     if ERROR:
-        raise launch.StartError('why')
+        raise cli.StartError('why')
 
 
 kept = Kept()
 atexit.register(print, 'at exit')
-launch.run(tool)
+cli.run(tool)
 print('not reached')
 """
 
@@ -286,6 +286,6 @@ def test_leaves_before_python_is_finalised(tmp_path, error):
 
 
 if __name__ == '__main__':
-    from polynl_mm.engine import launch
+    from polynl_mm.engine import cli
 
-    launch.run(lambda: work(Path(sys.argv[1])))
+    cli.run(lambda: work(Path(sys.argv[1])))
