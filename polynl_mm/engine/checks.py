@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
+from pkgutil import resolve_name
 
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader
 
 from .cli import LAUNCHERS, StartError, rank, say
+from .hosts import HOSTS
 
 
 def require(cfg: Config, *keys: str) -> None:
@@ -44,9 +46,9 @@ def leaf_datasets(cfg: dict) -> Iterator[dict]:
 def check_data(cfg: Config, *phases: str) -> None:
     """Check that the local files and folders named in the config are there.
 
-    Paths are joined as ``mmengine.dataset.BaseDataset`` joins them. For mmseg
-    the images and labels themselves are checked, too, see
-    :func:`polynl_mm.engine.seg_data.check_seg_data`.
+    Paths are joined as ``mmengine.dataset.BaseDataset`` joins them. Samples
+    themselves are checked, too, where the host has such a check, see
+    :attr:`polynl_mm.engine.hosts.Host.check_dataset`.
 
     Args:
         cfg (Config): The config.
@@ -83,13 +85,14 @@ def check_data(cfg: Config, *phases: str) -> None:
                     cfg,
                     evaluator,
                 )
-    if cfg.get('default_scope') == 'mmseg':
-        _check_labels(cfg, phases)
+    host = HOSTS.get(cfg.get('default_scope'))
+    if host and host.check_dataset:
+        _check_samples(cfg, phases, resolve_name(host.check_dataset))
 
 
-def _check_labels(cfg: Config, phases: Iterable[str]) -> None:
-    from .seg_data import check_seg_data
-
+def _check_samples(
+    cfg: Config, phases: Iterable[str], check_dataset: Callable
+) -> None:
     part = slice(None)
     if cfg.get('launcher', 'none') != 'none':
         # Reading takes a while: every process looks at its share, and the
@@ -103,7 +106,7 @@ def _check_labels(cfg: Config, phases: Iterable[str]) -> None:
             if 'type' not in dataset or _remote(dataset, *paths):
                 continue
             try:
-                check_seg_data(dataset, say, part)
+                check_dataset(dataset, say, part)
             except ValueError as error:
                 raise StartError(
                     f'config {cfg.filename}: {phase}_dataloader: {error}'

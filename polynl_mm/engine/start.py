@@ -6,6 +6,7 @@ import argparse
 import os
 import traceback
 from importlib.util import find_spec
+from pkgutil import resolve_name
 
 import torch
 from mmengine.config import Config
@@ -16,6 +17,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .cli import LAUNCHERS, StartError
+from .hosts import HOSTS
 from .runner import GlooRunner
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -47,10 +49,8 @@ def read_config(path: str, options: dict | None = None) -> Config:
             f'config {path} is for {host} (default_scope), which is not '
             'installed'
         )
-    if host == 'mmdet':
-        from mmdet.utils import setup_cache_size_limit_of_dynamo
-
-        setup_cache_size_limit_of_dynamo()
+    if host in HOSTS and HOSTS[host].set_up:
+        resolve_name(HOSTS[host].set_up)()
     return cfg
 
 
