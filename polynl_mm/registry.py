@@ -15,7 +15,9 @@ from mmengine.registry import Registry
 _HOST_OF = {
     'polynl_mm.layers': 'mmcv',
     'polynl_mm.insertion': 'mmcv',
-    'polynl_mm.engine': 'mmengine',
+    'polynl_mm.engine.runner': 'mmengine',
+    # No type is in it: any look-up lets torch read mmengine's checkpoints.
+    'polynl_mm.engine.safe_load': 'mmengine',
     'polynl_mm.engine.hooks': 'mmcv',
     'polynl_mm.datasets': 'mmdet',
     'polynl_mm.evaluation.wider_face_metric': 'mmengine',

@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader
 
+from . import safe_load  # noqa: F401  (checkpoints of mmengine are read)
 from .cli import LAUNCHERS, StartError, rank, say
 from .hosts import HOSTS
 

@@ -16,6 +16,7 @@ from mmengine.hooks import LoggerHook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from . import safe_load  # noqa: F401  (a runner reads checkpoints)
 from .cli import LAUNCHERS, StartError
 from .hosts import HOSTS
 from .runner import GlooRunner

@@ -54,7 +54,7 @@ class Model(BaseModel):
 def runner(work_dir, model, env_cfg=None, **cfg):
     from mmengine.config import Config
 
-    from polynl_mm.engine import GlooRunner
+    from polynl_mm.engine.runner import GlooRunner
 
     return GlooRunner(
         model,
@@ -232,18 +232,18 @@ def test_statistics_of_process_0_are_evaluated(results):
 
 @pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
 def test_other_launchers_are_refused(tmp_path, launcher):
-    from polynl_mm.engine import GlooRunner
+    from polynl_mm.engine.runner import GlooRunner
 
     with pytest.raises(ValueError, match=f"launcher='{launcher}'.*torchrun"):
         GlooRunner(Model(), str(tmp_path), launcher=launcher)
 
 
 def test_accelerator_is_not_left_idle(tmp_path, monkeypatch):
-    from polynl_mm.engine import GlooRunner, runner
+    from polynl_mm.engine import runner
 
     monkeypatch.setattr(runner, 'get_device', lambda: 'cuda')
     with pytest.raises(ValueError, match='there is one .cuda.'):
-        GlooRunner(Model(), str(tmp_path), launcher='pytorch')
+        runner.GlooRunner(Model(), str(tmp_path), launcher='pytorch')
 
 
 LEAVING = """

@@ -110,7 +110,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def work(folder):
-    from polynl_mm.engine import GlooRunner
+    from polynl_mm.engine.runner import GlooRunner
 
     runner = GlooRunner(
         Detector(),

@@ -20,7 +20,8 @@ import mmcv  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 
-from polynl_mm.engine import GlooRunner, checks, cli  # noqa: E402
+from polynl_mm.engine import checks, cli  # noqa: E402
+from polynl_mm.engine.runner import GlooRunner  # noqa: E402
 from polynl_mm.engine.start import (  # noqa: E402
     build_runner,
     load_config,

@@ -145,7 +145,7 @@ def test_det_trains_on_gloo_and_says_so_once(place, det_train):
 def test_det_resumes_optimizer_and_count(place, det_resume):
     import torch
 
-    import polynl_mm.engine  # noqa: F401
+    import polynl_mm.engine.safe_load  # noqa: F401
 
     assert det_resume.code == 0, det_resume.err
     assert 'resumed epoch: 1, iter: 2' in det_resume.out
