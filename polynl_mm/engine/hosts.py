@@ -38,7 +38,9 @@ class Host:
         set_up: 'module:name' of what the host's own tools call first, without
             arguments.
         check_dataset: 'module:name' of what looks at every sample before a
-            start, see :func:`polynl_mm.engine.seg_data.check_seg_data`.
+            start, given the config of a data set, what tells the user a line,
+            and the slice of the samples that is this process's to read.
+            Raises ValueError at the first that is wrong.
     """
 
     out: Callable[[Config, str], dict | None]
