@@ -16,7 +16,9 @@ from .layers import PolyNL1d, PolyNL2d, PolyNL3d
 # a module bound to a host may be listed only where that host is installed.
 _HOST_OF = {
     'polynl_mm.insertion': 'mmengine',
-    'polynl_mm.engine': 'mmengine',
+    'polynl_mm.engine.runner': 'mmengine',
+    # No type is in it: any look-up lets torch read mmengine's checkpoints.
+    'polynl_mm.engine.safe_load': 'mmengine',
     'polynl_mm.engine.hooks': 'mmengine',
     'polynl_mm.faces.dataset': 'mmdet',
     'polynl_mm.faces.transforms': 'mmdet',

@@ -337,9 +337,9 @@ def test_validation_reads_labels_of_the_server_config(city):
 
 
 def test_the_check_of_the_data_accepts_it(city):
-    from polynl_mm.engine import launch
+    from polynl_mm.engine import checks
 
-    launch.check_data(load(OURS, city), 'train', 'val', 'test')
+    checks.check_data(load(OURS, city), 'train', 'val', 'test')
     cfg = load(f'{OURS}-server', city)
-    launch.check_data(cfg, 'train', 'val', 'test')
+    checks.check_data(cfg, 'train', 'val', 'test')
     assert 'polynl_mm.segmentation.labels' in sys.modules

@@ -156,10 +156,12 @@ def without_scope(part):
 
 
 def assert_adds_only_blocks(cfg, host):
-    """The config is the host's, but for blocks, hook and decay of scalars."""
+    """The config is the host's, but for what ``polynl.py`` lists."""
     cfg, host = without_scope(cfg.to_dict()), without_scope(host.to_dict())
     for key in [key for key in cfg if key.startswith('polynl_')]:
         del cfg[key]
+    imports = cfg.pop('custom_imports')
+    assert imports['imports'] == ['polynl_mm.engine.safe_load']
     hooks = cfg.pop('custom_hooks')
     assert hooks.pop() == dict(type='polynl_mm.PolyNLHook')
     assert hooks == host.pop('custom_hooks', [])

@@ -84,9 +84,18 @@ def test_file_names_are_unique(host):
 
 @pytest.mark.parametrize('name', LEAVES)
 def test_names_our_hook(name):
-    """By that, mmengine imports what lets it load its own checkpoints."""
+    """The rivals' too: nothing but the block differs."""
     hooks = Config.fromfile(CONFIGS / name).get('custom_hooks', [])
     assert hooks.count(dict(type='polynl_mm.PolyNLHook')) == 1
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_names_the_safe_loader(name):
+    """Without it, no tool would load again what it has saved."""
+    imports = Config.fromfile(CONFIGS / name).get('custom_imports', {})
+    assert 'polynl_mm.engine.safe_load' in imports.get('imports', [])
+    # A warning would be forgotten by the time of the resumption.
+    assert imports.allow_failed_imports is False
 
 
 @pytest.mark.parametrize('name', LEAVES)

@@ -174,6 +174,9 @@ def test_ops_and_layers_need_nothing_but_torch(tmp_path):
     run(code, tmp_path, hidden=['mmengine', 'mmcv', *HOSTS])
 
 
+# ------------------------------------------------------- mmengine alone
+
+
 def test_with_mmengine_alone(tmp_path):
     """Types resolve, a model is fused, and the hook is there."""
     code = """
@@ -196,6 +199,94 @@ def test_with_mmengine_alone(tmp_path):
     assert not {'mmcv', 'mmdet', 'mmseg'} & set(sys.modules)
     """
     run(code, tmp_path, hidden=['mmcv', *HOSTS])
+
+
+TOY = """
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, METRICS, MODELS
+
+
+@DATASETS.register_module()
+class Line(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return dict(x=torch.tensor([i / 8]), y=torch.tensor([i / 4]))
+
+
+@MODELS.register_module()
+class Slope(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 1)
+
+    def forward(self, x, y, mode='tensor'):
+        error = (self.linear(x) - y) ** 2
+        return dict(loss=error.mean()) if mode == 'loss' else error
+
+
+@METRICS.register_module()
+class Error(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results += [each.item() for each in data_samples]
+
+    def compute_metrics(self, results):
+        return dict(error=sum(results) / len(results))
+"""
+TOY_CONFIG = """
+custom_imports = dict(imports=['toy'])
+model = dict(type='Slope')
+train_dataloader = dict(
+    batch_size=4,
+    dataset=dict(type='Line'),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    collate_fn=dict(type='default_collate'),
+)
+test_dataloader = train_dataloader
+test_evaluator = dict(type='Error')
+train_cfg = dict(by_epoch=True, max_epochs=1)
+test_cfg = dict()
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
+"""
+
+
+def test_tools_need_nothing_but_mmengine(tmp_path):
+    """Train, resume and evaluate a model of no host."""
+    (tmp_path / 'toy.py').write_text(TOY)
+    (tmp_path / 'plain.py').write_text(TOY_CONFIG)
+
+    def tool(name, *args):
+        argv = [str(ROOT / 'tools' / f'{name}.py'), *args]
+        code = f"""
+        import runpy
+
+        sys.argv = {argv}
+        runpy.run_path(sys.argv[0], run_name='__main__')
+        """
+        return run(code, tmp_path, hidden=['mmcv', *HOSTS])
+
+    assert '--score-thr' in tool('demo', '--help')
+    tool('train', 'plain.py')
+    resume = ('--resume', '--cfg-options', 'train_cfg.max_epochs=2')
+    assert 'resumed epoch: 1, iter: 2' in tool('train', 'plain.py', *resume)
+    tested = tool('test', 'plain.py', 'work_dirs/plain/epoch_2.pth')
+    assert 'error: ' in tested
+
+
+def test_engine_is_light(tmp_path):
+    """A room brings what it needs, and the package nothing."""
+    code = """
+    import polynl_mm.engine
+    assert not {'torch', 'mmengine'} & set(sys.modules)
+    for room in ('cli', 'hosts', 'checks', 'start', 'runner', 'safe_load'):
+        __import__(f'polynl_mm.engine.{room}')
+    hosts = {'mmcv', 'mmdet', 'mmseg'}
+    assert not hosts & set(sys.modules), hosts & set(sys.modules)
+    """
+    run(code, tmp_path)
 
 
 # --------------------------------------------------- the hosts' own tools

@@ -67,8 +67,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polynl_mm import fuse_poly_nl
-from polynl_mm.engine import launch
-from polynl_mm.engine.launch import StartError
+from polynl_mm.engine import checks, cli, start
+from polynl_mm.engine.cli import StartError
 from polynl_mm.layers import PolyNL
 from polynl_mm.ops import FORMS
 
@@ -78,7 +78,7 @@ OBJECTS = 16
 
 def parse_args():
     """Parse the command line."""
-    parser = launch.Parser(
+    parser = cli.Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -195,8 +195,8 @@ class Contender:
             variant = Variant(variant)
         self.variant, config = variant, variant.config
         self.backbone = backbone
-        cfg = launch.read_config(config)
-        launch.require(cfg, 'model')
+        cfg = start.read_config(config)
+        checks.require(cfg, 'model')
         samples = dict(mmdet=detection_sample, mmseg=segmentation_sample)
         host = cfg.get('default_scope')
         if host not in samples:
@@ -486,4 +486,4 @@ def main():
 
 
 if __name__ == '__main__':
-    launch.run(main)
+    cli.run(main)

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
@@ -10,17 +11,17 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
     sys.path.insert(0, ROOT)
 
 import cv2
-from mmcv.transforms import TRANSFORMS, LoadImageFromFile
 
-from polynl_mm.engine import launch
-from polynl_mm.engine.launch import StartError
+from polynl_mm.engine import checks, cli, start
+from polynl_mm.engine.cli import StartError
+from polynl_mm.engine.hosts import host_of, plain_loader
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
 def parse_args():
     """Parse the command line."""
-    parser = launch.Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument('images', help='an image, or a folder of images')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
@@ -63,52 +64,23 @@ def find_images(path):
     return [str(image) for image in images]
 
 
-def inferencer_class(cfg):
-    """Give the inferencer of the config's host."""
-    host = cfg.get('default_scope')
-    if host == 'mmdet':
-        from mmdet.apis import DetInferencer
-
-        return DetInferencer
-    if host == 'mmseg':
-        from mmseg.apis import MMSegInferencer
-
-        return MMSegInferencer
-    raise StartError(
-        f'config {cfg.filename} has default_scope={host!r}, expected mmdet or '
-        'mmseg'
-    )
-
-
-def plain_loader(cfg):
-    """Name the loader of the test pipeline as the inferencers know it.
-
-    They put their own in its place, but only in that of mmcv's.
-    """
-    for transform in cfg.test_dataloader.dataset.pipeline:
-        kind = TRANSFORMS.get(transform.type)
-        if kind is not None and issubclass(kind, LoadImageFromFile):
-            transform.type = 'LoadImageFromFile'
-
-
 def main():
     """Draw."""
     args = parse_args()
     images = find_images(args.images)
-    cfg = launch.read_config(args.config, args.cfg_options)
-    launch.require(cfg, 'model', 'test_dataloader', 'visualizer')
-    kind = inferencer_class(cfg)
-    launch.check_checkpoint(cfg, args.checkpoint)
+    cfg = start.read_config(args.config, args.cfg_options)
+    checks.require(cfg, 'model', 'test_dataloader', 'visualizer')
+    host = host_of(cfg)
+    inferencer = resolve_name(host.inferencer)
+    checks.check_checkpoint(cfg, args.checkpoint)
     plain_loader(cfg)
     # Nothing but the pictures below is to be stored.
     cfg.visualizer.vis_backends = None
-    infer = kind(model=cfg, weights=args.checkpoint, device=args.device)
-    options = {}
-    if 'pred_score_thr' in kind.visualize_kwargs:
-        options['pred_score_thr'] = args.score_thr
+    infer = inferencer(model=cfg, weights=args.checkpoint, device=args.device)
+    options = {host.score_thr: args.score_thr} if host.score_thr else {}
     infer(images, out_dir=args.out, **options)
     print(f'{len(images)} pictures in {os.path.join(args.out, "vis")}')
 
 
 if __name__ == '__main__':
-    launch.run(main)
+    cli.run(main)

@@ -16,13 +16,13 @@ from mmengine.device import (
 )
 from mmengine.runner import find_latest_checkpoint
 
-from polynl_mm.engine import launch
-from polynl_mm.engine.launch import StartError
+from polynl_mm.engine import checks, cli, start
+from polynl_mm.engine.cli import StartError
 
 
 def parse_args():
     """Parse the command line."""
-    parser = launch.Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_job()
     parser.add_argument(
         '--resume',
@@ -76,12 +76,12 @@ def set_resume(cfg, resume):
     cfg.resume = False
     if resume is None:
         if cfg.get('load_from'):
-            launch.check_exists(cfg.load_from)
+            checks.check_exists(cfg.load_from)
         return
     if resume == 'auto':
         record = os.path.join(cfg.work_dir, 'last_checkpoint')
         if not os.path.isfile(record):
-            launch.say(
+            cli.say(
                 f'--resume: no checkpoint in {cfg.work_dir} yet, training '
                 'starts from the beginning'
             )
@@ -91,7 +91,7 @@ def set_resume(cfg, resume):
             raise StartError(
                 f'--resume: {record} names {resume}, which does not exist'
             )
-    launch.check_checkpoint(cfg, resume, resume=True)
+    checks.check_checkpoint(cfg, resume, resume=True)
     cfg.resume = True
     cfg.load_from = resume
 
@@ -99,11 +99,11 @@ def set_resume(cfg, resume):
 def main():
     """Train."""
     args = parse_args()
-    cfg = launch.load_config(args)
-    launch.require(
+    cfg = start.load_config(args)
+    checks.require(
         cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper'
     )
-    runner_class = launch.runner_class(cfg)
+    runner_class = start.runner_class(cfg)
     set_precision(cfg, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
@@ -112,10 +112,10 @@ def main():
                 'auto_scale_lr.base_batch_size'
             )
         cfg.auto_scale_lr.enable = True
-    launch.check_data(cfg, 'train', 'val')
+    checks.check_data(cfg, 'train', 'val')
     set_resume(cfg, args.resume)
-    launch.build_runner(runner_class, cfg, 'train', 'val').train()
+    start.build_runner(runner_class, cfg, 'train', 'val').train()
 
 
 if __name__ == '__main__':
-    launch.run(main)
+    cli.run(main)

@@ -1,9 +1,15 @@
 # What our configs add to one of mmdet or mmseg, beside the blocks. A base may
 # not set what another base sets, so a config takes these by name:
 #     _base_ = ['mmdet::...', '../_base_/polynl.py']
+#     custom_imports = _base_.polynl_imports
 #     custom_hooks = _base_.polynl_hooks
 #     optim_wrapper = _base_.polynl_optim
-# Rivals take both, too: nothing but the block differs.
+# Rivals take all of them, too: nothing but the block differs.
+
+# Lets torch's safe loader read mmengine's checkpoints, whatever the tool.
+polynl_imports = dict(
+    imports=['polynl_mm.engine.safe_load'], allow_failed_imports=False
+)
 polynl_hooks = [dict(type='polynl_mm.PolyNLHook')]
 polynl_optim = dict(
     paramwise_cfg=dict(

@@ -10,5 +10,6 @@ model = dict(
         blocks=[dict(after='bottleneck', cfg=dict(type='polynl_mm.PolyNL2d'))],
     )
 )
+custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
 optim_wrapper = _base_.polynl_optim

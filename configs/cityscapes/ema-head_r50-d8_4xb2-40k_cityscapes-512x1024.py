@@ -8,5 +8,6 @@ _base_ = [
 ]
 data_preprocessor = dict(size=(512, 1024))
 model = dict(data_preprocessor=data_preprocessor)
+custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
 optim_wrapper = _base_.polynl_optim

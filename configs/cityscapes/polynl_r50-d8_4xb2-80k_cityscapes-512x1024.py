@@ -3,5 +3,6 @@ _base_ = [
     '../_base_/polynl.py',
 ]
 model = dict(decode_head=dict(type='polynl_mm.PolyNLHead'))
+custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
 optim_wrapper = _base_.polynl_optim

@@ -12,6 +12,7 @@ model = dict(
         ],
     )
 )
+custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
 # The head learns ten times as fast. Of several keys that match, the longest
 # alone counts.

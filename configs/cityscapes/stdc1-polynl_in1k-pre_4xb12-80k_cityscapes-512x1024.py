@@ -4,5 +4,6 @@ _base_ = [
 ]
 # For real time. STDC's own global context is average pooling, of first order.
 model = dict(decode_head=dict(type='polynl_mm.PolyNLHead'))
+custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
 optim_wrapper = _base_.polynl_optim

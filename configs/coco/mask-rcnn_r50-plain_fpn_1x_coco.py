@@ -3,5 +3,6 @@ _base_ = [
     'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
     '../_base_/polynl.py',
 ]
+custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
 optim_wrapper = _base_.polynl_optim

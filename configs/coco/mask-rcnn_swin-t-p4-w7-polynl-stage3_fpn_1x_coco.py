@@ -14,5 +14,6 @@ model = dict(
         ],
     )
 )
+custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
 optim_wrapper = _base_.polynl_optim

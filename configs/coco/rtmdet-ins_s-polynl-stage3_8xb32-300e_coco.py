@@ -9,6 +9,7 @@ model = dict(
         blocks=[dict(after='stage3', cfg=dict(type='polynl_mm.PolyNL2d'))],
     )
 )
+custom_imports = _base_.polynl_imports
 custom_hooks = _base_.custom_hooks + _base_.polynl_hooks
 optim_wrapper = _base_.polynl_optim
 # mmdet leaves 16 here, though its rate is for 8 GPUs with 32 pictures.

@@ -6,6 +6,7 @@ _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/datasets/coco_instance.py',
     'mmdet::_base_/default_runtime.py',
+    '../_base_/polynl.py',
 ]
 
 norm_cfg = dict(type='BN', requires_grad=True)
@@ -155,4 +156,5 @@ default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=1, save_best='coco/segm_mAP'),
 )
 randomness = dict(seed=0)
-custom_hooks = [dict(type='polynl_mm.PolyNLHook')]
+custom_imports = _base_.polynl_imports
+custom_hooks = _base_.polynl_hooks

@@ -8,6 +8,7 @@
 _base_ = [
     'mmseg::_base_/datasets/cityscapes.py',
     'mmseg::_base_/default_runtime.py',
+    '../_base_/polynl.py',
 ]
 
 norm_cfg = dict(type='BN', requires_grad=True)
@@ -126,5 +127,6 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
-custom_hooks = [dict(type='polynl_mm.PolyNLHook')]
+custom_imports = _base_.polynl_imports
+custom_hooks = _base_.polynl_hooks
 randomness = dict(seed=0)

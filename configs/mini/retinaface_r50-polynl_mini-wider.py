@@ -6,6 +6,7 @@ _base_ = [
     '../_base_/models/retinaface_r50_p2-p6.py',
     '../_base_/datasets/wider_face.py',
     'mmdet::_base_/default_runtime.py',
+    '../_base_/polynl.py',
 ]
 
 norm_cfg = dict(type='BN', requires_grad=True)
@@ -122,6 +123,7 @@ default_hooks = dict(
     ),
     visualization=dict(score_thr=0.5),
 )
-custom_hooks = [dict(type='polynl_mm.PolyNLHook')]
+custom_imports = _base_.polynl_imports
+custom_hooks = _base_.polynl_hooks
 visualizer = dict(type='polynl_mm.FaceVisualizer')
 randomness = dict(seed=0)

@@ -3,6 +3,7 @@ _base_ = [
     '../_base_/datasets/wider_face.py',
     '../_base_/schedules/wider_face_100e.py',
     'mmdet::_base_/default_runtime.py',
+    '../_base_/polynl.py',
 ]
 default_hooks = dict(
     checkpoint=dict(
@@ -13,4 +14,5 @@ default_hooks = dict(
     )
 )
 visualizer = dict(type='polynl_mm.FaceVisualizer')
-custom_hooks = [dict(type='polynl_mm.PolyNLHook')]
+custom_imports = _base_.polynl_imports
+custom_hooks = _base_.polynl_hooks

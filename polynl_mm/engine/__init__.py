@@ -1,6 +1,10 @@
-"""Start-up on any machine and safe checkpoint loading."""
+"""From a command line to a running job; this file imports nothing.
 
-from . import checkpoint
-from .runner import GlooRunner
-
-__all__ = ['GlooRunner', 'checkpoint']
+- ``cli``: the command line, and how a tool ends.
+- ``hosts``: what each host means by the options of the tools.
+- ``checks``: what is looked at before a start.
+- ``start``: from a config to a runner.
+- ``runner``: several processes on CPUs.
+- ``hooks``: what a training with Poly-NL layers is watched for.
+- ``safe_load``: lets torch's safe loader read mmengine's checkpoints.
+"""

@@ -27,10 +27,7 @@ class PolyNLHook(Hook):
     training starts it warns of weight decay on them, and of layers that are
     frozen at beta = 0.
 
-    It does nothing to a model without such layers. In its config it still has
-    a use: whichever tool reads the config, mmengine then imports this package,
-    and with it what torch's safe loader needs to know of mmengine's
-    checkpoints (:mod:`polynl_mm.engine.checkpoint`).
+    It does nothing to a model without such layers.
 
     It can also have the layers computed from the input of the 1x1 convolution
     before them, where there is one (:func:`polynl_mm.fuse_poly_nl`): the same

@@ -22,7 +22,7 @@ from mmengine.model import BaseModel  # noqa: E402
 from mmengine.registry import METRICS, DefaultScope  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
-from polynl_mm.engine import launch  # noqa: E402
+from polynl_mm.engine import checks, cli  # noqa: E402
 from polynl_mm.faces.ap import evaluate  # noqa: E402
 from polynl_mm.faces.files import (  # noqa: E402
     load_wider_face_gt,
@@ -110,7 +110,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def work(folder):
-    from polynl_mm.engine import GlooRunner
+    from polynl_mm.engine.runner import GlooRunner
 
     runner = GlooRunner(
         Detector(),
@@ -296,11 +296,9 @@ def test_wrong_folder_shows_before_anything_runs(tmp_path):
 def test_tools_look_for_the_folder_first(tmp_path):
     gone = str(tmp_path / 'gone')
     cfg = Config(dict(val_evaluator=dict(type='any', gt_dir=gone)))
-    with pytest.raises(
-        launch.StartError, match=f'val_evaluator: gt_dir.*{gone}'
-    ):
-        launch.check_data(cfg, 'val')
+    with pytest.raises(cli.StartError, match=f'val_evaluator: gt_dir.*{gone}'):
+        checks.check_data(cfg, 'val')
 
 
 if __name__ == '__main__':
-    launch.run(lambda: work(Path(sys.argv[1])))
+    cli.run(lambda: work(Path(sys.argv[1])))

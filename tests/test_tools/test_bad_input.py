@@ -20,10 +20,17 @@ import mmcv  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 
-from polynl_mm.engine import GlooRunner, launch  # noqa: E402
+from polynl_mm.engine import checks, cli  # noqa: E402
+from polynl_mm.engine.runner import GlooRunner  # noqa: E402
+from polynl_mm.engine.start import (  # noqa: E402
+    build_runner,
+    load_config,
+    runner_class,
+)
 from polynl_mm.fusion import fuse_poly_nl  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / 'tools'
+GET_DEVICE = 'polynl_mm.engine.start.get_device'
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def refuse(here, capfd, monkeypatch):
         main = runpy.run_path(str(TOOLS / f'{tool}.py'))['main']
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
-            launch.run(main)
+            cli.run(main)
         assert caught.value.code == 2
         if not work_dir_made:
             assert sorted(here.rglob('*')) == before
@@ -204,7 +211,7 @@ def test_demo_of_no_known_host(refuse, weights):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(GET_DEVICE, lambda: 'cpu')
     for name in ('cuda', 'mlu', 'musa', 'npu'):
         monkeypatch.setattr(
             f'mmengine.device.is_{name}_available', lambda: False
@@ -252,14 +259,14 @@ def test_gloo_runner_is_not_written_into_the_config(here, no_gpu, monkeypatch):
     monkeypatch.setenv('RANK', '0')
     cfg = Config.fromfile('det.py')
     cfg.launcher = 'pytorch'
-    assert launch.runner_class(cfg) is GlooRunner
+    assert runner_class(cfg) is GlooRunner
     assert 'runner_type' not in cfg
     cfg.runner_type = 'polynl_mm.GlooRunner'  # asked for
-    assert launch.runner_class(cfg) is GlooRunner
+    assert runner_class(cfg) is GlooRunner
 
 
 def test_mpirun_without_an_address(refuse, monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(GET_DEVICE, lambda: 'cuda')
     monkeypatch.setenv('OMPI_COMM_WORLD_RANK', '0')
     monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', '0')
     monkeypatch.delenv('MASTER_ADDR', raising=False)
@@ -271,14 +278,14 @@ def test_mpirun_without_an_address(refuse, monkeypatch):
 def test_mpirun_gives_the_gpu(here, monkeypatch, rank, local):
     monkeypatch.delenv('LOCAL_RANK', raising=False)
     monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', local)
-    parser = launch.Parser()
+    parser = cli.Parser()
     parser.add_job()
-    launch.load_config(parser.parse_args(['det.py']))
+    load_config(parser.parse_args(['det.py']))
     assert os.environ['LOCAL_RANK'] == local
 
 
 def test_more_processes_than_gpus(refuse, monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(GET_DEVICE, lambda: 'cuda')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('RANK', '0')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
@@ -288,7 +295,7 @@ def test_more_processes_than_gpus(refuse, monkeypatch):
 
 def test_another_process_lets_the_first_one_speak(refuse, monkeypatch):
     waited = []
-    monkeypatch.setattr(launch.time, 'sleep', waited.append)
+    monkeypatch.setattr(cli.time, 'sleep', waited.append)
     monkeypatch.setenv('LOCAL_RANK', '1')
     refuse('train', 'nope.py')
     monkeypatch.setenv('RANK', '2')
@@ -370,16 +377,16 @@ def test_test_set_without_labels_is_no_error(here):
     shutil.rmtree(here / 'data/seg/ann')
     pipeline = cfg.test_dataloader.dataset.pipeline
     assert pipeline.pop(1).type == 'LoadAnnotations'
-    launch.check_data(cfg, 'test')
+    checks.check_data(cfg, 'test')
 
 
 def test_remote_labels_are_left_to_mmengine(here):
     (here / 'data/seg/ann/3.png').unlink()
     cfg = Config.fromfile('seg.py')
-    with pytest.raises(launch.StartError, match='3.png'):
-        launch.check_data(cfg, 'train')
+    with pytest.raises(cli.StartError, match='3.png'):
+        checks.check_data(cfg, 'train')
     cfg.train_dataloader.dataset.data_root = 's3://bucket/seg'
-    launch.check_data(cfg, 'train')
+    checks.check_data(cfg, 'train')
 
 
 def spoil(here, what):
@@ -465,15 +472,15 @@ def test_labels_as_the_host_reads_them(here):
     label[label == 254] = 2
     cv2.imwrite('data/seg/ann/3.png', label)
     cfg = Config.fromfile('seg.py')
-    with pytest.raises(launch.StartError, match=r'ids \[2\]'):
-        launch.check_data(cfg, 'train')
+    with pytest.raises(cli.StartError, match=r'ids \[2\]'):
+        checks.check_data(cfg, 'train')
     # 0 is ignored, and 1 and 2 become 0 and 1.
     cfg.train_dataloader.dataset.reduce_zero_label = True
-    launch.check_data(cfg, 'train')
+    checks.check_data(cfg, 'train')
     cfg.train_dataloader.dataset.reduce_zero_label = False
     cfg.train_dataloader.dataset.ignore_index = 2
-    with pytest.raises(launch.StartError, match=r'ids \[255\]'):
-        launch.check_data(cfg, 'train')
+    with pytest.raises(cli.StartError, match=r'ids \[255\]'):
+        checks.check_data(cfg, 'train')
 
 
 def test_part_of_the_images(here, refuse):
@@ -482,7 +489,7 @@ def test_part_of_the_images(here, refuse):
     spoil(here, 'no image')
     cfg = Config.fromfile('seg.py')
     cfg.merge_from_dict({option.split('=')[0]: 'some.txt'})
-    launch.check_data(cfg, 'train')
+    checks.check_data(cfg, 'train')
     write(here, 'data/seg/some.txt', '0\n3\n')
     line = refuse('train', 'seg.py', '--cfg-options', option)
     assert line.endswith('image data/seg/img/3.png does not exist')
@@ -502,10 +509,10 @@ def test_photograph_that_was_turned(here):
     label = np.zeros(mmcv.imread('data/seg/img/3.jpg').shape[:2], np.uint8)
     assert label.shape == (64, 48)
     cv2.imwrite('data/seg/ann/3.png', label)
-    launch.check_data(cfg, 'train')
+    checks.check_data(cfg, 'train')
     cv2.imwrite('data/seg/ann/3.png', label.T)
-    with pytest.raises(launch.StartError, match='64 x 48 .* 48 x 64'):
-        launch.check_data(cfg, 'train')
+    with pytest.raises(cli.StartError, match='64 x 48 .* 48 x 64'):
+        checks.check_data(cfg, 'train')
 
 
 CITYSCAPES = """
@@ -550,7 +557,7 @@ def test_cityscapes_without_training_ids(here, refuse):
     for split in ('train', 'val'):
         label = f'data/gtFine/{split}/{stem}_gtFine_label'
         shutil.copy(f'{label}Ids.png', f'{label}TrainIds.png')
-    launch.check_data(Config.fromfile(config), 'train', 'val')
+    checks.check_data(Config.fromfile(config), 'train', 'val')
 
 
 def test_labels_of_a_type_that_nobody_knows(here):
@@ -558,7 +565,7 @@ def test_labels_of_a_type_that_nobody_knows(here):
     spoil(here, 'ids')
     cfg = Config.fromfile('seg.py')
     cfg.train_dataloader.dataset.type = 'Nobody'
-    launch.check_data(cfg, 'train')
+    checks.check_data(cfg, 'train')
 
 
 @pytest.mark.parametrize(
@@ -576,24 +583,24 @@ def test_processes_share_the_labels(here, monkeypatch, launcher, rank, size):
     cfg.launcher = launcher
     monkeypatch.setenv(size, '2')
     monkeypatch.setenv(rank, '0')
-    launch.check_data(cfg, 'train')
+    checks.check_data(cfg, 'train')
     monkeypatch.setenv(rank, '1')
-    with pytest.raises(launch.StartError, match='ids'):
-        launch.check_data(cfg, 'train')
+    with pytest.raises(cli.StartError, match='ids'):
+        checks.check_data(cfg, 'train')
     # Whether names fit is cheap, and everybody's.
     spoil(here, 'no label')
     monkeypatch.setenv(rank, '0')
-    with pytest.raises(launch.StartError, match='no label'):
-        launch.check_data(cfg, 'train')
+    with pytest.raises(cli.StartError, match='no label'):
+        checks.check_data(cfg, 'train')
 
 
 def test_remote_data_is_left_to_mmengine(here):
     cfg = Config.fromfile('det.py')
     cfg.train_dataloader.dataset.data_root = 's3://bucket/det'
-    launch.check_data(cfg, 'train')
+    checks.check_data(cfg, 'train')
     cfg.train_dataloader.dataset.data_root = 'elsewhere'
     cfg.train_dataloader.dataset.backend_args = dict(backend='petrel')
-    launch.check_data(cfg, 'train')
+    checks.check_data(cfg, 'train')
 
 
 def test_annotation_file_empty(here, refuse):
@@ -728,7 +735,7 @@ def test_harmless_differences_are_accepted(here, weights):
         state['data_preprocessor.mean'] = torch.zeros(3, 1, 1)
         state['ema_backbone_conv1_weight'] = torch.zeros(1)
 
-    launch.check_checkpoint(Config.fromfile('det.py'), weights(change))
+    checks.check_checkpoint(Config.fromfile('det.py'), weights(change))
 
 
 def test_modules_learn_the_version_of_a_checkpoint(weights, monkeypatch):
@@ -743,16 +750,16 @@ def test_modules_learn_the_version_of_a_checkpoint(weights, monkeypatch):
         state._metadata = {'backbone.conv1': dict(version=7)}
 
     monkeypatch.setattr(torch.nn.Conv2d, '_load_from_state_dict', spy)
-    launch.check_checkpoint(Config.fromfile('det.py'), weights(change))
+    checks.check_checkpoint(Config.fromfile('det.py'), weights(change))
     assert ('backbone.conv1.', 7) in met
 
 
 def test_one_process_reads_the_checkpoint(here, monkeypatch):
     monkeypatch.setenv('RANK', '1')
     (here / 'some.pth').write_text('no checkpoint')
-    launch.check_checkpoint(Config.fromfile('det.py'), 'some.pth')
-    with pytest.raises(launch.StartError, match='does not exist'):
-        launch.check_checkpoint(Config.fromfile('det.py'), 'gone.pth')
+    checks.check_checkpoint(Config.fromfile('det.py'), 'some.pth')
+    with pytest.raises(cli.StartError, match='does not exist'):
+        checks.check_checkpoint(Config.fromfile('det.py'), 'gone.pth')
 
 
 def test_resumed_on_one_node_only(here, monkeypatch):
@@ -760,12 +767,13 @@ def test_resumed_on_one_node_only(here, monkeypatch):
         from_cfg = staticmethod(lambda cfg: None)
 
     monkeypatch.setattr(
-        launch, 'all_gather_object', lambda resumed: [resumed, True]
+        'polynl_mm.engine.start.all_gather_object',
+        lambda resumed: [resumed, True],
     )
     cfg = Config.fromfile('det.py')
     cfg.work_dir = 'out'
-    with pytest.raises(launch.StartError, match='some nodes .* in out'):
-        launch.build_runner(Started, cfg)
+    with pytest.raises(cli.StartError, match='some nodes .* in out'):
+        build_runner(Started, cfg)
 
 
 @pytest.mark.parametrize('missing', ['meta', 'message_hub', 'optimizer'])

@@ -14,7 +14,7 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
-from polynl_mm.engine import launch  # noqa: E402
+from polynl_mm.engine import cli  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 
@@ -107,7 +107,7 @@ def cost(tool, here, monkeypatch, capsys):
     def cost(*args):
         argv = [*map(str, args), '--json', 'out.json']
         monkeypatch.setattr(sys, 'argv', ['benchmark_model.py', *argv])
-        launch.run(tool['main'])
+        cli.run(tool['main'])
         return json.loads((here / 'out.json').read_text()), capsys.readouterr()
 
     return cost

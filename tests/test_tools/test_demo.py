@@ -13,7 +13,7 @@ pytest.importorskip('mmdet')
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 
-from polynl_mm.engine import launch  # noqa: E402
+from polynl_mm.engine import cli  # noqa: E402
 from polynl_mm.faces.visualizer import FaceVisualizer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +34,11 @@ def test_faces_with_landmarks(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', ['demo.py', *map(str, args)])
     monkeypatch.setattr('sys.path', __import__('sys').path[:])
-    launch.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
+    cli.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
     assert '1 pictures in out/vis' in capfd.readouterr().out
     drawn = cv2.imread('out/vis/some.png')
     assert drawn.shape == image.shape and (drawn != image).any()
     # Without landmarks the picture is another.
     monkeypatch.setattr(FaceVisualizer, 'draw_points', lambda *_, **__: None)
-    launch.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
+    cli.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
     assert (cv2.imread('out/vis/some.png') != drawn).any()

@@ -29,7 +29,8 @@ from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 from polynl_mm import fusion  # noqa: E402
-from polynl_mm.engine import launch  # noqa: E402
+from polynl_mm.engine import checks  # noqa: E402
+from polynl_mm.engine.start import build_runner  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('launches_cost_nothing')
 TOOLS = Path(__file__).parents[2] / 'tools'
@@ -280,7 +281,7 @@ def test_checkpoints_are_the_same(here, plain, fused):
     for key in ('state_dict', 'ema_state_dict'):
         assert_states(ours[key], theirs[key])
     build('none.py').load_state_dict(ours['state_dict'])
-    launch.check_checkpoint(
+    checks.check_checkpoint(
         Config.fromfile('none.py'), 'fused/epoch_2.pth', resume=True
     )
 
@@ -339,7 +340,6 @@ def evaluate(here):
     def evaluate(config, checkpoint, *args):
         name = f'evaluated{next(numbers)}'
         runners = []
-        build_runner = launch.build_runner
         options = ('--work-dir', name, '--cfg-options')
         options += (f'experiment_name={name}',)
 
@@ -348,7 +348,7 @@ def evaluate(here):
             return runners[0]
 
         with counted() as calls, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, 'build_runner', keep)
+            patch.setattr('polynl_mm.engine.start.build_runner', keep)
             patch.setattr(
                 sys, 'argv', ['test.py', config, checkpoint, *args, *options]
             )

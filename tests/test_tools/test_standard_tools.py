@@ -1,7 +1,8 @@
 """The hosts' own train.py and test.py, unmodified, with our configs.
 
 Each in fresh processes; COCO and Cityscapes as a rival runs, without a Poly-NL
-layer: nothing but the hook in the config then names this package.
+layer: nothing but what every config of ours takes from
+``configs/_base_/polynl.py`` then names this package.
 """
 
 import json

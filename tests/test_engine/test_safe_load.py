@@ -15,7 +15,7 @@ HistoryBuffer = pytest.importorskip('mmengine.logging').HistoryBuffer
 
 from mmengine.utils import digit_version  # noqa: E402
 
-import polynl_mm.engine.checkpoint  # noqa: E402, F401
+import polynl_mm.engine.safe_load  # noqa: E402, F401
 
 ROOT = Path(__file__).parents[2]
 
@@ -182,26 +182,65 @@ def fresh(code):
     )
 
 
-def test_looking_up_a_type_of_ours_is_enough(tmp_path):
-    """In a fresh process, as under the unmodified tools of a host."""
+@pytest.fixture
+def load_after(tmp_path):
+    """Load a log history in a fresh process, after some code.
+
+    As under the unmodified tools of a host.
+    """
     file = tmp_path / 'history.pth'
     torch.save({'log': HistoryBuffer([1.0], [1])}, file)
-    read = f'; print(torch.load({str(file)!r}))'
-    without = fresh('import torch, mmengine' + read)
-    assert without.returncode != 0
-    assert 'HistoryBuffer' in without.stderr
-    looked_up = fresh(
-        'import torch, mmengine; '
-        'mmengine.MODELS.get("polynl_mm.PolyNL2d")' + read
+
+    def load_after(code):
+        return fresh(
+            f'import sys, torch, mmengine; {code}; '
+            f'torch.load({str(file)!r}, weights_only=True)'
+        )
+
+    return load_after
+
+
+def test_mmengine_alone_is_not_enough(load_after):
+    done = load_after('pass')
+    assert done.returncode != 0
+    assert 'HistoryBuffer' in done.stderr
+
+
+def test_looking_up_a_type_of_ours_is_enough(load_after):
+    done = load_after('mmengine.MODELS.get("polynl_mm.PolyNL2d")')
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    'host, config',
+    [
+        ('mmdet', 'coco/mask-rcnn_r50-plain_fpn_1x_coco.py'),
+        ('mmdet', 'mini/retinaface_r50-polynl_mini-wider.py'),
+        ('mmseg', 'cityscapes/nl-head_r50-d8_4xb2-40k_cityscapes-512x1024.py'),
+    ],
+)
+def test_reading_a_config_of_ours_is_enough(load_after, host, config):
+    """Before any type is looked up, by ``custom_imports``."""
+    pytest.importorskip(host)
+    done = load_after(
+        f'mmengine.Config.fromfile("configs/{config}"); '
+        'assert "polynl_mm.registry" not in sys.modules'
     )
-    assert looked_up.returncode == 0, looked_up.stderr
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('room', ['checks', 'start'])
+def test_what_reads_checkpoints_is_enough(load_after, room):
+    """For a config that names nothing of ours, under our tools."""
+    done = load_after(f'import polynl_mm.engine.{room}')
+    assert done.returncode == 0, done.stderr
 
 
 def test_unsafe_fallback_of_a_distribution_is_replaced():
     """Another distribution of mmengine has it under this name."""
     done = fresh(
         'import torch, mmengine.runner.checkpoint as loading; '
-        'loading._safe_torch_load = None; import polynl_mm.engine; '
+        'loading._safe_torch_load = None; import polynl_mm.engine.safe_load; '
         'assert loading._safe_torch_load is torch.load'
     )
     assert done.returncode == 0, done.stderr

@@ -54,7 +54,7 @@ class Model(BaseModel):
 def runner(work_dir, model, env_cfg=None, **cfg):
     from mmengine.config import Config
 
-    from polynl_mm.engine import GlooRunner
+    from polynl_mm.engine.runner import GlooRunner
 
     return GlooRunner(
         model,
@@ -232,60 +232,21 @@ def test_statistics_of_process_0_are_evaluated(results):
 
 @pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
 def test_other_launchers_are_refused(tmp_path, launcher):
-    from polynl_mm.engine import GlooRunner
+    from polynl_mm.engine.runner import GlooRunner
 
     with pytest.raises(ValueError, match=f"launcher='{launcher}'.*torchrun"):
         GlooRunner(Model(), str(tmp_path), launcher=launcher)
 
 
 def test_accelerator_is_not_left_idle(tmp_path, monkeypatch):
-    from polynl_mm.engine import GlooRunner, runner
+    from polynl_mm.engine import runner
 
     monkeypatch.setattr(runner, 'get_device', lambda: 'cuda')
     with pytest.raises(ValueError, match='there is one .cuda.'):
-        GlooRunner(Model(), str(tmp_path), launcher='pytorch')
-
-
-LEAVING = """
-import atexit
-
-import torch
-from polynl_mm.engine import launch
-
-
-class Kept:
-    def __del__(self):
-        print('finalised')
-
-
-def tool():
-    torch.distributed.init_process_group(
-        'gloo', init_method='file://' + FILE, rank=0, world_size=1)
-    print('done')
-    if ERROR:
-        raise launch.StartError('why')
-
-
-kept = Kept()
-atexit.register(print, 'at exit')
-launch.run(tool)
-print('not reached')
-"""
-
-
-@pytest.mark.parametrize('error', [False, True])
-def test_leaves_before_python_is_finalised(tmp_path, error):
-    """A thread of gloo that meets the finalisation aborts the process."""
-    code = f'FILE = {str(tmp_path / "store")!r}\nERROR = {error}\n' + LEAVING
-    done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True
-    )
-    assert done.returncode == (2 if error else 0), done.stderr
-    assert ('error: why' in done.stderr) == error
-    assert done.stdout.split('\n') == ['done', 'at exit', '']
+        runner.GlooRunner(Model(), str(tmp_path), launcher='pytorch')
 
 
 if __name__ == '__main__':
-    from polynl_mm.engine import launch
+    from polynl_mm.engine import cli
 
-    launch.run(lambda: work(Path(sys.argv[1])))
+    cli.run(lambda: work(Path(sys.argv[1])))

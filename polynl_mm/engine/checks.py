@@ -1,0 +1,250 @@
+"""What a user often gets wrong, looked at before anything is started.
+
+That is before a work directory is made or a process group is waited for; it
+ends in a :class:`~polynl_mm.engine.cli.StartError`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from pkgutil import resolve_name
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import CheckpointLoader
+
+from . import safe_load  # noqa: F401  (checkpoints of mmengine are read)
+from .cli import LAUNCHERS, StartError, rank, say
+from .hosts import HOSTS
+
+
+def require(cfg: Config, *keys: str) -> None:
+    """Check that the config has what the tool is about.
+
+    Raises:
+        StartError: A key is missing or None.
+    """
+    for key in keys:
+        if cfg.get(key) is None:
+            raise StartError(f'config {cfg.filename} has no {key}')
+
+
+def leaf_datasets(cfg: dict) -> Iterator[dict]:
+    """Give the data sets inside a data loader or a wrapper such as Concat."""
+    inner = cfg.get('dataset', cfg.get('datasets'))
+    if inner is None:
+        yield cfg
+        return
+    for each in inner if isinstance(inner, (list, tuple)) else [inner]:
+        if isinstance(each, dict):
+            yield from leaf_datasets(each)
+
+
+def check_data(cfg: Config, *phases: str) -> None:
+    """Check that the local files and folders named in the config are there.
+
+    Paths are joined as ``mmengine.dataset.BaseDataset`` joins them. Samples
+    themselves are checked, too, where the host has such a check, see
+    :attr:`polynl_mm.engine.hosts.Host.check_dataset`.
+
+    Args:
+        cfg (Config): The config.
+        phases (str): 'train', 'val' or 'test'; those that the config lacks
+            are passed over.
+
+    Raises:
+        StartError: One is missing, or an annotation file is empty, or images
+            and labels do not fit.
+    """
+    for phase in phases:
+        for dataset in leaf_datasets(cfg.get(f'{phase}_dataloader') or {}):
+            root = dataset.get('data_root') or ''
+            files = {'data_root': root}
+            for key in ('ann_file', 'landmark_file'):
+                files[key] = dataset.get(key)
+            for key, prefix in (dataset.get('data_prefix') or {}).items():
+                # A test set may come without its labels.
+                if phase != 'test' or key.startswith('img'):
+                    files[f'data_prefix.{key}'] = prefix
+            for key, path in files.items():
+                _check_path(
+                    f'{phase}_dataloader: {key}', root, path, cfg, dataset
+                )
+        evaluators = cfg.get(f'{phase}_evaluator') or []
+        if isinstance(evaluators, dict):
+            evaluators = [evaluators]
+        for evaluator in evaluators:
+            for key in ('ann_file', 'gt_dir'):
+                _check_path(
+                    f'{phase}_evaluator: {key}',
+                    '',
+                    evaluator.get(key),
+                    cfg,
+                    evaluator,
+                )
+    host = HOSTS.get(cfg.get('default_scope'))
+    if host and host.check_dataset:
+        _check_samples(cfg, phases, resolve_name(host.check_dataset))
+
+
+def _check_samples(
+    cfg: Config, phases: Iterable[str], check_dataset: Callable
+) -> None:
+    part = slice(None)
+    if cfg.get('launcher', 'none') != 'none':
+        # Reading takes a while: every process looks at its share, and the
+        # launcher ends the others where one fails.
+        number, size, _ = LAUNCHERS[cfg.launcher]
+        part = slice(int(os.environ[number]), None, int(os.environ[size]))
+    for phase in phases:
+        for dataset in leaf_datasets(cfg.get(f'{phase}_dataloader') or {}):
+            paths = [dataset.get('data_root') or '']
+            paths += (dataset.get('data_prefix') or {}).values()
+            if 'type' not in dataset or _remote(dataset, *paths):
+                continue
+            try:
+                check_dataset(dataset, say, part)
+            except ValueError as error:
+                raise StartError(
+                    f'config {cfg.filename}: {phase}_dataloader: {error}'
+                ) from error
+
+
+def _remote(owner: dict, *paths: str | None) -> bool:
+    backend = (owner.get('backend_args') or {}).get('backend', 'local')
+    return backend != 'local' or any('://' in (path or '') for path in paths)
+
+
+def _check_path(
+    key: str, root: str, path: str | None, cfg: Config, owner: dict
+) -> None:
+    if not path or not isinstance(path, str) or _remote(owner, root, path):
+        return
+    full = path if key.endswith('data_root') else os.path.join(root, path)
+    full = os.path.abspath(full)
+    if not os.path.exists(full):
+        raise StartError(
+            f'config {cfg.filename}: {key}={path!r}: {full} does not exist'
+        )
+    if key.endswith('_file') and os.path.getsize(full) == 0:
+        raise StartError(
+            f'config {cfg.filename}: {key}={path!r}: {full} is empty'
+        )
+
+
+def check_exists(checkpoint: str) -> None:
+    """Check that a checkpoint is there, unless it is a URL.
+
+    Raises:
+        StartError: It is not.
+    """
+    if '://' not in checkpoint and not os.path.isfile(
+        os.path.expanduser(checkpoint)
+    ):
+        raise StartError(f'checkpoint {checkpoint} does not exist')
+
+
+def check_checkpoint(cfg: Config, path: str, resume: bool = False) -> None:
+    """Check that a checkpoint is one of exactly this model.
+
+    mmengine loads what fits and only logs the rest, so that a checkpoint of
+    another model is evaluated as if it were right.
+
+    Args:
+        cfg (Config): Its ``model``, before any test-time wrapper.
+        path (str): A local file or a URL, as mmengine takes it.
+        resume (bool): Whether it must hold a training state, too.
+
+    Raises:
+        StartError: It is missing, can not be read safely, holds no training
+            state, or has other keys or shapes. Keys without a meaning for the
+            result are passed over: BatchNorm's counters, and the
+            preprocessor's constants and the averaged second copy of the
+            weights (``ema_*``), which older versions stored.
+    """
+    check_exists(path)
+    if rank() > 0:
+        # Once is enough. A launcher ends this process if that fails.
+        return
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', 'silent')
+    except Exception as error:  # torch raises all kinds on a damaged file
+        raise StartError(
+            f'checkpoint {path} can not be read: {_reason(error)}'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise StartError(
+            f'checkpoint {path} holds a {type(checkpoint).__name__}, not a '
+            'dict with a state_dict'
+        )
+    needed = ('meta', 'message_hub', 'optimizer') if resume else ()
+    for key in needed:
+        if key not in checkpoint:
+            raise StartError(
+                f'checkpoint {path} has no {key!r}: it can not be resumed '
+                'from; to start anew with its weights, set load_from'
+            )
+    misfits = _misfits(cfg, checkpoint.get('state_dict', checkpoint))
+    if misfits:
+        raise StartError(
+            f'checkpoint {path} does not fit the model of {cfg.filename}: '
+            + ', '.join(misfits)
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Say in a line why a file was not read.
+
+    torch puts the reason amid the advice to switch the safe loader off.
+    """
+    text = str(error) or 'it is cut short'
+    if text.startswith('Weights only load failed'):
+        text = text.split('\n\nCheck the documentation')[0].split('\n')[-1]
+        text = text.replace('WeightsUnpickler error: ', '').strip()
+    return text.split('\n')[0].split(' Please use')[0]
+
+
+def _misfits(cfg: Config, state_dict: dict) -> list[str]:
+    model_cfg = deepcopy(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        model = MODELS.build(model_cfg)
+    # Some modules read an old checkpoint by the versions in here.
+    versions = getattr(state_dict, '_metadata', OrderedDict())
+    state_dict = OrderedDict(
+        (re.sub(r'^module\.', '', key), value)
+        for key, value in state_dict.items()
+    )
+    state_dict._metadata = versions
+    reshaped = []
+    try:
+        keys = model.load_state_dict(state_dict, strict=False)
+    except RuntimeError as error:
+        reshaped = re.findall(r'size mismatch for (\S+):', str(error))
+        if not reshaped:
+            return [str(error)]
+        for key in reshaped:
+            state_dict.pop(key)
+        keys = model.load_state_dict(state_dict, strict=False)
+    found = {
+        'missing keys': set(keys.missing_keys) - set(reshaped),
+        'unexpected keys': set(keys.unexpected_keys),
+        'keys of another shape': set(reshaped),
+    }
+    misfits = []
+    for what, names in found.items():
+        names = sorted(
+            name
+            for name in names
+            if not name.endswith('num_batches_tracked')
+            and not name.startswith(('data_preprocessor.', 'ema_'))
+        )
+        if names:
+            some = ', '.join(names[:3]) + (', ...' if names[3:] else '')
+            misfits.append(f'{len(names)} {what} ({some})')
+    return misfits

@@ -1,0 +1,136 @@
+"""The command line, and how a tool ends: in a line if it can not start."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from mmengine.config import DictAction
+from mmengine.dist import is_distributed
+
+# mmengine 0.10 imports it, and the user can do nothing about that.
+warnings.filterwarnings('ignore', 'pkg_resources is deprecated')
+
+# The variables in which a launcher tells every process its number and how many
+# there are, and how to be started by it.
+LAUNCHERS = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'torchrun, as tools/dist_*.sh do'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'srun, as tools/slurm_*.sh do'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'mpirun'),
+}
+
+
+class StartError(Exception):
+    """What the user gave can not be started; the message says why."""
+
+
+def run(tool: Callable[[], None]) -> None:
+    """Run a tool; end in one line and exit code 2 at a :class:`StartError`.
+
+    Any other exception keeps its traceback.
+    """
+    code = 0
+    try:
+        tool()
+    except StartError as error:
+        if rank() > 0:
+            # Process 0 meets the same error and tells it, and the launcher
+            # then ends the others. Where it does not, as on another node, the
+            # first process there tells it for all of them.
+            time.sleep(20 if int(os.environ.get('LOCAL_RANK', 0)) == 0 else 25)
+        _print(f'error: {error}')
+        code = 2
+    if is_distributed():
+        _leave_group(code)
+    if code:
+        sys.exit(code)
+
+
+def _leave_group(code: int) -> None:
+    gloo = torch.distributed.get_backend() == 'gloo'
+    if code == 0:
+        # Process 0 may still be writing.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if gloo:
+        # DistributedDataParallel keeps the group's threads alive, and one that
+        # meets the finalisation of Python aborts the process ("terminate
+        # called without an active exception"): end without it.
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def say(message: str) -> None:
+    """Print a line to stderr, once per job."""
+    if rank() == 0:
+        _print(message)
+
+
+def _print(message: str) -> None:
+    prog = os.path.basename(sys.argv[0])
+    # Blanks may belong to a path.
+    line = re.sub(r'\s*\n\s*', ' ', message.strip())
+    print(f'{prog}: {line}', file=sys.stderr, flush=True)
+
+
+def rank() -> int:
+    """Give the number of this process, also before there is a group."""
+    # Those that are not set, or set before the launcher knows, count as 0.
+    names = ['LOCAL_RANK', *(names[0] for names in LAUNCHERS.values())]
+    return max(int(os.environ.get(name, 0)) for name in names)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a :class:`StartError`."""
+
+    def add_config_options(self) -> None:
+        """Take settings that override the config."""
+        self.add_argument(
+            '--cfg-options',
+            nargs='+',
+            action=DictAction,
+            metavar='KEY=VALUE',
+            help='settings to override in the config; lists as key="[a,b]" '
+            'or key=a,b, nested ones as key="[(a,b),(c,d)]", without spaces',
+        )
+
+    def add_job(self) -> None:
+        """Take what training and test tools have in common, by mm custom."""
+        self.add_argument('config', help='config file')
+        self.add_argument(
+            '--work-dir',
+            help='where logs and results go; if not given, work_dir of the '
+            'config, or work_dirs/<name of the config>',
+        )
+        self.add_config_options()
+        self.add_argument(
+            '--launcher',
+            choices=['none', *LAUNCHERS],
+            default='none',
+            help='what started the processes of a distributed job',
+        )
+        self.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse; DictAction itself does not look for the '='."""
+        try:
+            return super().parse_args(args, namespace)
+        except (ValueError, AssertionError) as error:
+            raise StartError(
+                f'--cfg-options takes KEY=VALUE ...: {error}'
+            ) from error
+
+    def error(self, message: str):
+        """Leave the output to :func:`run`: one line in a distributed job."""
+        raise StartError(f'{message} (see {self.prog} --help)')

@@ -1,0 +1,159 @@
+"""What each host means by what a tool is asked: one table.
+
+A host is imported only where a config of its own is at hand.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from inspect import signature
+
+from mmengine.config import Config
+from mmengine.registry import METRICS
+
+from .cli import StartError
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host, as our tools see it.
+
+    What is given as 'module:name' is for :func:`pkgutil.resolve_name`.
+
+    Attributes:
+        out: Has the predictions saved to the path of ``--out``, given the
+            config and the path; gives the config of a metric to add to the
+            evaluator, or None where those of the config do it. Raises
+            StartError if the host could not save them there.
+        show_dir: The setting of a config that is the folder of
+            ``--show-dir``.
+        inferencer: 'module:name' of the class that draws what a model finds.
+        score_thr: Its argument for the least score of what is drawn, if any.
+        tta_defaults: Gives what ``--tta`` takes for the keys ``tta_model``
+            and ``tta_pipeline`` where a config lacks them, given the config
+            of a data set.
+        set_up: 'module:name' of what the host's own tools call first, without
+            arguments.
+        check_dataset: 'module:name' of what looks at every sample before a
+            start, given the config of a data set, what tells the user a line,
+            and the slice of the samples that is this process's to read.
+            Raises ValueError at the first that is wrong.
+    """
+
+    out: Callable[[Config, str], dict | None]
+    show_dir: str
+    inferencer: str
+    score_thr: str | None = None
+    tta_defaults: Callable[[dict], dict] = lambda dataset: {}
+    set_up: str | None = None
+    check_dataset: str | None = None
+
+
+def host_of(cfg: Config, option: str | None = None) -> Host:
+    """Give the host of a config.
+
+    Args:
+        cfg: Its ``default_scope`` names the host.
+        option: That whose meaning depends on it, for the message.
+
+    Raises:
+        StartError: It is none of :data:`HOSTS`.
+    """
+    name = cfg.get('default_scope')
+    if name in HOSTS:
+        return HOSTS[name]
+    names = list(HOSTS)
+    if option is None:
+        raise StartError(
+            f'config {cfg.filename} has default_scope={name!r}, expected '
+            + ' or '.join(names)
+        )
+    raise StartError(
+        f'{option} is known for {" and ".join(names)} configs, but config '
+        f'{cfg.filename} has default_scope={name!r}'
+    )
+
+
+def plain_loader(cfg: Config) -> None:
+    """Name the loader of the test pipeline as the inferencers know it.
+
+    They put their own in its place, but only in that of mmcv's.
+    """
+    from mmcv.transforms import TRANSFORMS, LoadImageFromFile
+
+    for transform in cfg.test_dataloader.dataset.pipeline:
+        kind = TRANSFORMS.get(transform.type)
+        if kind is not None and issubclass(kind, LoadImageFromFile):
+            transform.type = 'LoadImageFromFile'
+
+
+def _save_pickle(cfg: Config, out: str) -> dict:
+    if not out.endswith(('.pkl', '.pickle')):
+        raise StartError(
+            f'--out {out}: mmdet saves predictions to one .pkl or .pickle file'
+        )
+    return dict(type='mmdet.DumpDetResults', out_file_path=out)
+
+
+def _save_label_maps(cfg: Config, out: str) -> None:
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise StartError(
+            f'--out {out}: mmseg saves label maps to a folder, and this is a '
+            'file'
+        )
+    metrics = cfg.test_evaluator
+    metrics = [metrics] if isinstance(metrics, dict) else metrics
+    saving = [metric for metric in metrics if _takes_output_dir(metric)]
+    if not saving:
+        raise StartError(
+            f'--out: no metric in test_evaluator of config {cfg.filename} '
+            'takes an output_dir, as IoUMetric does'
+        )
+    for metric in saving:
+        metric.output_dir = out
+        metric.keep_results = True
+
+
+def _takes_output_dir(metric: dict) -> bool:
+    with METRICS.switch_scope_and_registry('mmseg') as registry:
+        kind = registry.get(metric.type)
+    # A type that nobody knows is left for the runner to complain about.
+    return kind is not None and 'output_dir' in signature(kind).parameters
+
+
+def _flip(dataset: dict) -> dict:
+    """Take each image and its mirror image, as mmdet's own tool does."""
+    *before, pack = deepcopy(dataset.pipeline)
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+    if 'meta_keys' in pack:
+        # The default ones hold both already.
+        pack.meta_keys = (*pack.meta_keys, 'flip', 'flip_direction')
+    augment = dict(type='TestTimeAug', transforms=[flips, [pack]])
+    nms = dict(type='nms', iou_threshold=0.5)
+    return dict(
+        tta_model=dict(
+            type='DetTTAModel', tta_cfg=dict(nms=nms, max_per_img=100)
+        ),
+        tta_pipeline=[*before, augment],
+    )
+
+
+HOSTS = {
+    'mmdet': Host(
+        out=_save_pickle,
+        show_dir='default_hooks.visualization.test_out_dir',
+        inferencer='mmdet.apis:DetInferencer',
+        score_thr='pred_score_thr',
+        tta_defaults=_flip,
+        set_up='mmdet.utils:setup_cache_size_limit_of_dynamo',
+    ),
+    'mmseg': Host(
+        out=_save_label_maps,
+        show_dir='visualizer.save_dir',
+        inferencer='mmseg.apis:MMSegInferencer',
+        check_dataset='polynl_mm.segmentation.labels:check_seg_data',
+    ),
+}

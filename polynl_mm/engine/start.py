@@ -1,0 +1,169 @@
+"""From a config to a runner, on any machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import traceback
+from importlib.util import find_spec
+from pkgutil import resolve_name
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import all_gather_object
+from mmengine.hooks import LoggerHook
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from . import safe_load  # noqa: F401  (a runner reads checkpoints)
+from .cli import LAUNCHERS, StartError
+from .hosts import HOSTS
+from .runner import GlooRunner
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def read_config(path: str, options: dict | None = None) -> Config:
+    """Read a config and override settings in it.
+
+    Raises:
+        StartError: The file or a base of it is missing or no Python, an
+            option names no place in it, or its host is not installed.
+    """
+    if not os.path.isfile(path):
+        raise StartError(f'config {path} does not exist')
+    try:
+        cfg = Config.fromfile(path)
+    except (OSError, ImportError, SyntaxError) as error:
+        raise StartError(f'config {path}: {error}') from error
+    try:
+        cfg.merge_from_dict(options or {})
+    except (KeyError, TypeError, AssertionError) as error:
+        raise StartError(
+            f'--cfg-options {options} does not fit config {path}: {error}'
+        ) from error
+
+    host = cfg.get('default_scope')
+    if host is not None and find_spec(host) is None:
+        raise StartError(
+            f'config {path} is for {host} (default_scope), which is not '
+            'installed'
+        )
+    if host in HOSTS and HOSTS[host].set_up:
+        resolve_name(HOSTS[host].set_up)()
+    return cfg
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config of a job, see :class:`~polynl_mm.engine.cli.Parser`.
+
+    Raises:
+        StartError: As :func:`read_config`, and if its work directory is a
+            file.
+    """
+    cfg = read_config(args.config, args.cfg_options)
+    name = os.path.splitext(os.path.basename(args.config))[0]
+    cfg.work_dir = (
+        args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', name)
+    )
+    if os.path.exists(cfg.work_dir) and not os.path.isdir(cfg.work_dir):
+        raise StartError(f'work_dir={cfg.work_dir} is not a folder')
+    cfg.launcher = args.launcher
+    # torch.distributed.launch passes an argument where torchrun sets this, and
+    # mmengine does not set it from what mpirun says.
+    os.environ.setdefault(
+        'LOCAL_RANK',
+        os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', str(args.local_rank)),
+    )
+    return cfg
+
+
+def runner_class(cfg: Config) -> type[Runner]:
+    """Give the runner that the config, the launcher and the machine demand.
+
+    Raises:
+        StartError: The launcher did not start this process, or can not on
+            this machine; more processes than GPUs; the config has a runner of
+            its own where it would need :class:`GlooRunner`, or one that
+            nobody knows.
+    """
+    own = cfg.get('runner_type', 'Runner')
+    kind = RUNNERS.get(own) if isinstance(own, str) else own
+    if kind is None:
+        raise StartError(
+            f'config {cfg.filename}: runner_type={own!r} is not registered'
+        )
+    if cfg.launcher == 'none':
+        return kind
+    device = get_device()
+    if device == 'cpu' and cfg.launcher != 'pytorch':
+        raise StartError(
+            f'--launcher {cfg.launcher} needs a GPU per process, and this '
+            'machine has none: use tools/dist_*.sh'
+        )
+    variable, _, starter = LAUNCHERS[cfg.launcher]
+    if variable not in os.environ:
+        raise StartError(
+            f'--launcher {cfg.launcher}, but {variable} is not set: start it '
+            f'through {starter}'
+        )
+    if cfg.launcher == 'mpi' and 'MASTER_ADDR' not in os.environ:
+        raise StartError('--launcher mpi, but MASTER_ADDR is not set')
+    if device == 'cuda':
+        processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        gpus = torch.cuda.device_count()
+        if processes > gpus:
+            raise StartError(
+                f'{processes} processes for {gpus} GPU(s): every process '
+                'needs a GPU of its own'
+            )
+    elif device == 'cpu':
+        if kind not in (Runner, GlooRunner):
+            raise StartError(
+                f'config {cfg.filename} has runner_type={own!r}, but several '
+                'processes without a GPU need polynl_mm.GlooRunner: run it '
+                'in one process, or leave runner_type out'
+            )
+        # Not into cfg, which is saved beside the results for other machines.
+        return GlooRunner
+    return kind
+
+
+def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
+    """Build a runner of this kind and the data sets of these phases.
+
+    Raises:
+        StartError: A data set is empty, a reader of this package says what
+            is wrong with its file, or some processes would resume and others
+            start anew.
+    """
+    runner = kind.from_cfg(cfg)
+    if len(set(all_gather_object(bool(cfg.get('resume'))))) > 1:
+        raise StartError(
+            f'--resume: some nodes have a checkpoint in {cfg.work_dir} and '
+            'others not: put work_dir on a disk that all of them share'
+        )
+    if runner.rank > 0:
+        # mmengine lets every process write the test metrics, each with its
+        # own times, into one and the same file, at the same moment.
+        for hook in runner.hooks:
+            if isinstance(hook, LoggerHook):
+                hook.after_test_epoch = lambda *args, **kwargs: None
+    for phase in phases:
+        if cfg.get(f'{phase}_dataloader') is None:
+            continue
+        empty = f'config {cfg.filename}: {phase}_dataloader has no sample'
+        try:
+            loader = getattr(runner, f'{phase}_dataloader')
+        except (ValueError, FileNotFoundError) as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            # mmengine's BaseDataset stumbles when it packs an empty list.
+            if where.name == '_serialize_data':
+                raise StartError(empty) from error
+            if where.filename.startswith(_PACKAGE + os.sep):
+                raise StartError(str(error)) from error
+            raise
+        if len(loader.dataset) == 0:
+            raise StartError(empty)
+    return runner
