@@ -13,6 +13,7 @@ from mmengine.registry import METRICS
 
 from polynl_mm.engine import checks, cli, start
 from polynl_mm.engine.cli import StartError
+from polynl_mm.engine.hooks import PolyNLHook
 from polynl_mm.engine.hosts import host_of
 
 
@@ -86,9 +87,6 @@ def set_tta(cfg):
 
 def set_fuse(runner):
     """Tell the hook that fuses, which the config may have already."""
-    # All else here needs no layer, and so nothing but mmengine.
-    from polynl_mm.engine.hooks import PolyNLHook
-
     for hook in runner.hooks:
         if isinstance(hook, PolyNLHook):
             hook.fuse_test = True

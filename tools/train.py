@@ -18,6 +18,7 @@ from mmengine.runner import find_latest_checkpoint
 
 from polynl_mm.engine import checks, cli, start
 from polynl_mm.engine.cli import StartError
+from polynl_mm.layers import StateDictMismatch
 
 
 def parse_args():
@@ -114,7 +115,11 @@ def main():
         cfg.auto_scale_lr.enable = True
     checks.check_data(cfg, 'train', 'val')
     set_resume(cfg, args.resume)
-    start.build_runner(runner_class, cfg, 'train', 'val').train()
+    runner = start.build_runner(runner_class, cfg, 'train', 'val')
+    try:
+        runner.train()
+    except StateDictMismatch as error:
+        raise StartError(f'checkpoint {cfg.load_from}: {error}') from error
 
 
 if __name__ == '__main__':
