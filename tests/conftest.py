@@ -1,7 +1,7 @@
-"""Lets every test import ``oracles`` and the package of this checkout."""
+"""Lets every test import ``oracles`` and what this checkout holds."""
 
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / 'projects')]

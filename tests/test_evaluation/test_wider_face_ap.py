@@ -1,6 +1,5 @@
 """The protocol: counted by hand, against a slow truth, on the real faces."""
 
-import importlib.util
 import subprocess
 import sys
 import time
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mini_data import build
 from oracles import wider_face_loop
 
 from polynl_mm.evaluation import (
@@ -611,19 +611,13 @@ def test_rows_of_another_shape(three):
 
 
 def test_mini_wider_is_read(tmp_path):
-    spec = importlib.util.spec_from_file_location(
-        'mini_data_maker', ROOT / 'tools' / 'make_mini_data.py'
-    )
-    maker = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = maker
-    spec.loader.exec_module(maker)
     faces = [
-        maker.Face(3, 4, 20, h, *[0] * 3, invalid, 0, 0)
+        build.Face(3, 4, 20, h, *[0] * 3, invalid, 0, 0)
         for h, invalid in ((50, 0), (50, 1), (25, 0), (11, 0), (8, 0))
     ]
     crowd = [faces[0]] * 300
     events = {'0--A': {'x': faces, 'y': []}, '1--B': {'z': crowd}}
-    maker.write_wider_mats(tmp_path, events)
+    build.write_wider_mats(tmp_path, events)
     gt = load_wider_face_gt(tmp_path)
     assert gt.images == ('0--A/x', '0--A/y', '1--B/z')
     assert gt.starts.tolist() == [0, 5, 6, 306]

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from mini_data import build
 from scipy.io import loadmat
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'make_mini_data.py'
@@ -28,11 +28,7 @@ ATTRIBUTES = (
 
 @pytest.fixture(scope='session')
 def tool():
-    spec = importlib.util.spec_from_file_location('make_mini_data', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['make_mini_data'] = module
-    spec.loader.exec_module(module)
-    return module
+    return build
 
 
 @pytest.fixture(scope='session')

@@ -1,6 +1,5 @@
 """Mini Cityscapes, looked at through its files and by independent means."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mini_data import build
 from scipy.ndimage import distance_transform_cdt
 
 pytest.importorskip('cityscapesscripts')
@@ -43,11 +43,7 @@ TWINS = {0: 1, 2: 3, 8: 9}
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('make_mini_city', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['make_mini_city'] = module
-    spec.loader.exec_module(module)
-    return module
+    return build
 
 
 @pytest.fixture(scope='module')
