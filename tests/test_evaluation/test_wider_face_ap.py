@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mini_data import build
+from mini_data.wider_face import Face
+from mini_data.wider_face_files import write_wider_mats
 from oracles import wider_face_loop
 
 from polynl_mm.evaluation import (
@@ -612,12 +613,12 @@ def test_rows_of_another_shape(three):
 
 def test_mini_wider_is_read(tmp_path):
     faces = [
-        build.Face(3, 4, 20, h, *[0] * 3, invalid, 0, 0)
+        Face(3, 4, 20, h, *[0] * 3, invalid, 0, 0)
         for h, invalid in ((50, 0), (50, 1), (25, 0), (11, 0), (8, 0))
     ]
     crowd = [faces[0]] * 300
     events = {'0--A': {'x': faces, 'y': []}, '1--B': {'z': crowd}}
-    build.write_wider_mats(tmp_path, events)
+    write_wider_mats(tmp_path, events)
     gt = load_wider_face_gt(tmp_path)
     assert gt.images == ('0--A/x', '0--A/y', '1--B/z')
     assert gt.starts.tolist() == [0, 5, 6, 306]
