@@ -14,6 +14,8 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmcv')
 pytest.importorskip('matplotlib')
 
+from benchmarks.layer import flops  # noqa: E402
+
 SCALING = Path(__file__).parents[1] / 'projects' / 'scaling' / 'scaling.py'
 
 
@@ -77,10 +79,9 @@ def test_operations(scaling):
         expected = 2 * n * c * c // 4 + 2 * (4 * n * c * c // 2)
         expected += 2 * 2 * n**2 * c // 2
         assert count('NonLocal2d, SDPA', c, n) == expected
-    bench = sys.modules['benchmark_layer']
     args = SimpleNamespace(device='cpu', dtype='float32')
     call = scaling['make_call']('NonLocal2d', c, 1024, 'training', args)
-    assert count('NonLocal2d', c, 1024, 'training') == bench.flops(call)
+    assert count('NonLocal2d', c, 1024, 'training') == flops(call)
 
 
 def test_what_is_left_out(scaling):
@@ -126,13 +127,14 @@ def test_models_as_the_tool_takes_them(scaling, monkeypatch, tmp_path):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
     root = SCALING.parents[2]
-    tool = runpy.run_path(str(root / 'tools' / 'benchmark_model.py'))
+    from benchmarks.model import parse_args
+
     calls = []
 
     def run(command, cwd, **kwargs):
         assert command[1] == 'tools/benchmark_model.py' and cwd == root
         monkeypatch.setattr(sys, 'argv', command[1:])
-        calls.append(tool['parse_args']())
+        calls.append(parse_args())
         return subprocess.CompletedProcess(command, 0, stdout='')
 
     monkeypatch.setattr(subprocess, 'run', run)

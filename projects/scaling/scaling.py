@@ -29,9 +29,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 
-import benchmark_layer as bench
 import matplotlib
 import torch
+from benchmarks import layer as bench
 from matplotlib.figure import Figure
 from mmcv.cnn.bricks import ContextBlock, NonLocal2d
 from torch import nn

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
+
+from benchmarks import model  # noqa: E402
 
 from polynl_mm.engine import launch  # noqa: E402
 
@@ -79,7 +80,6 @@ model = dict(backbone=dict(
 def here(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, 'environ', dict(os.environ))
-    monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / 'tiny_backbone.py').write_text(BACKBONE)
     (tmp_path / 'tiny.py').write_text(TINY)
@@ -96,18 +96,13 @@ def here(tmp_path, monkeypatch, place):
 
 
 @pytest.fixture
-def tool(here):
-    return runpy.run_path(str(TOOLS / 'benchmark_model.py'))
-
-
-@pytest.fixture
-def cost(tool, here, monkeypatch, capsys):
+def cost(here, monkeypatch, capsys):
     """Run the tool in this process; give its JSON and what it printed."""
 
     def cost(*args):
         argv = [*map(str, args), '--json', 'out.json']
         monkeypatch.setattr(sys, 'argv', ['benchmark_model.py', *argv])
-        launch.run(tool['main'])
+        launch.run(model.main)
         return json.loads((here / 'out.json').read_text()), capsys.readouterr()
 
     return cost
@@ -217,10 +212,10 @@ def test_variants_of_a_backbone(here, start_here):
     assert '| fusable (fused, conv-bn) |' in out
 
 
-def test_a_step_of_training_fused(tool, here):
+def test_a_step_of_training_fused(here):
     logging.disable(logging.INFO)
-    variant = tool['Variant']('fusable.py', fuse=True)
-    contender = tool['Contender'](variant, [64, 64], 'cpu')
+    variant = model.Variant('fusable.py', fuse=True)
+    contender = model.Contender(variant, [64, 64], 'cpu')
     contender.call('training')()
     layer = contender.model.backbone.layer3[0]
     assert layer.poly_nl.w1.weight.requires_grad
@@ -235,7 +230,7 @@ def test_a_step_of_training_fused(tool, here):
     )
 
 
-def test_fused_attention_is_counted(tool):
+def test_fused_attention_is_counted():
     n, c = 16, 8
     layer = torch.nn.MultiheadAttention(c, 2, batch_first=True).eval()
     x = torch.randn(1, n, c)
@@ -243,22 +238,22 @@ def test_fused_attention_is_counted(tool):
     with torch.no_grad():
         fused = torch.nn.functional.scaled_dot_product_attention
         products = 2 * (2 * n * n * c)
-        assert tool['flops'](lambda: fused(q, q, q)) == products
-        assert tool['flops'](lambda: layer(x, x, x)) == products + 8 * n * c**2
+        assert model.flops(lambda: fused(q, q, q)) == products
+        assert model.flops(lambda: layer(x, x, x)) == products + 8 * n * c**2
     assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize('name', ['det.py', 'two_stages.py'])
-def test_detectors(tool, here, name):
+def test_detectors(here, name):
     logging.disable(logging.INFO)
-    contender = tool['Contender'](name, [64, 96], 'cpu')
+    contender = model.Contender(name, [64, 96], 'cpu')
     kinds = {type(m).__name__ for m in contender.model.modules()}
     assert 'SyncBatchNorm' not in kinds
     counts = set()
     for _ in range(2):
         forward = contender.call('forward')
         assert not contender.model.training
-        counts.add(tool['flops'](forward))
+        counts.add(model.flops(forward))
     assert len(counts) == 1
     head = contender.forward()[-1]
     if name == 'two_stages.py':

@@ -1,0 +1,1 @@
+"""What the benchmarks of tools and projects are made of."""
