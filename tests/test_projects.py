@@ -14,7 +14,7 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmcv')
 pytest.importorskip('matplotlib')
 
-from benchmarks.layer import flops  # noqa: E402
+from benchmarks.timing import flops  # noqa: E402
 
 SCALING = Path(__file__).parents[1] / 'projects' / 'scaling' / 'scaling.py'
 
@@ -127,14 +127,13 @@ def test_models_as_the_tool_takes_them(scaling, monkeypatch, tmp_path):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
     root = SCALING.parents[2]
-    from benchmarks.model import parse_args
-
+    tool = runpy.run_path(str(root / 'tools' / 'benchmark_model.py'))
     calls = []
 
     def run(command, cwd, **kwargs):
         assert command[1] == 'tools/benchmark_model.py' and cwd == root
         monkeypatch.setattr(sys, 'argv', command[1:])
-        calls.append(parse_args())
+        calls.append(tool['parse_args']())
         return subprocess.CompletedProcess(command, 0, stdout='')
 
     monkeypatch.setattr(subprocess, 'run', run)

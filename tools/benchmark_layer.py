@@ -1,6 +1,27 @@
 #!/usr/bin/env python
-"""The command of ``benchmarks.layer``."""
+"""Cost of one Poly-NL layer, in units of one 1x1 convolution C -> C.
 
+In one run, the contenders taking turns: ``direct``, ``gram`` and ``auto`` of
+``polynl_mm.ops``, and where mmcv is installed its ``NonLocal2d`` (as far as
+its N x N matrix is reasonable) and ``ContextBlock``. Before anything is timed,
+the three forms must agree in value and in all gradients. A turn times every
+contender once; a ratio of two is the median of their ratios in the same turn,
+its spread half the distance between the quartiles, so that a machine that is
+slow for a second does not matter. Everything is allocated anew several times,
+at other addresses: a convolution on a CPU can take twice as long for the place
+where its tensors happen to lie. Memory is what one training step adds at its
+peak, each case in a process of its own.
+
+The numbers behind ``form='auto'`` come from here.
+
+    python tools/benchmark_layer.py --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +32,109 @@ if (HERE.parent / 'polynl_mm').is_dir():
 # Where this file is run as a script, it is there already.
 sys.path.append(str(HERE))
 
-from benchmarks.layer import main
+from benchmarks import layer, timing
+from benchmarks.goals import goals
+from benchmarks.timing import MODES
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument('--json', help='write all figures to this file')
+    parser.add_argument(
+        '--channels',
+        type=int,
+        nargs='+',
+        default=[64, 256, 512, 1024, 2048],
+        metavar='C',
+    )
+    parser.add_argument(
+        '--positions',
+        type=int,
+        nargs='+',
+        default=[256, 1024, 2048, 4096, 8192, 16384],
+        metavar='N',
+    )
+    parser.add_argument(
+        '--seconds',
+        type=float,
+        default=2.0,
+        help='time for each contender and mode, four runs at least',
+    )
+    parser.add_argument(
+        '--no-memory', action='store_true', help='leave out peak memory'
+    )
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run all cases, print the tables and the goals, write the JSON."""
+    args = parse_args()
+    timing.allow_tf32(False)
+    print(timing.machine(args.device))
+    if layer.ContextBlock is None:
+        print('mmcv is not installed: NonLocal2d and ContextBlock left out')
+    report(measure(args))
+
+
+def measure(args) -> dict:
+    """All figures, also into the JSON, which grows case by case."""
+    rows = []
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if not args.no_memory:
+            pool = stack.enter_context(
+                timing.one_process_each(args.device, 'mmcv.cnn.bricks')
+            )
+        for c in args.channels:
+            for n in args.positions:
+                try:
+                    row = layer.run_case(c, n, args.device, args.seconds, pool)
+                except layer.Disagreement as error:
+                    sys.exit(str(error))
+                rows.append(row)
+                result = dict(
+                    machine=timing.machine(args.device),
+                    rows=rows,
+                    goals=goals(rows),
+                )
+                if args.json:
+                    Path(args.json).write_text(json.dumps(result, indent=1))
+                print(
+                    f'C={c} N={n}: auto / conv '
+                    + ', '.join(
+                        f'{mode} {layer.relative(row, "auto", mode)[0]:.2f}'
+                        for mode in MODES
+                    ),
+                    flush=True,
+                )
+    return result
+
+
+def report(result: dict) -> None:
+    """Print the tables and the goals."""
+    rows = result['rows']
+    for mode in MODES:
+        print(f'\n{mode}, time in units of one 1x1 convolution\n')
+        print(layer.time_table(rows, mode))
+    print(
+        '\nkept for backward / peak of a training step (both in units of the '
+        'input) / GFLOPs of a training step\n'
+    )
+    print(layer.memory_table(rows))
+    print()
+    for goal in result['goals']:
+        flops = goal['by_flops']
+        print(
+            f'{"reached " if goal["reached"] else "SHORT OF"} '
+            f'{goal["goal"]}: {goal["worst"]:.3g} (limit {goal["limit"]}, '
+            f'worst at {goal["where"]}'
+            + (f', by operations {flops:.2f})' if flops else ')')
+        )
+
 
 if __name__ == '__main__':
     main()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
 from benchmarks import model  # noqa: E402
+from benchmarks.timing import flops  # noqa: E402
 
 from polynl_mm.engine import launch  # noqa: E402
 
@@ -102,7 +104,8 @@ def cost(here, monkeypatch, capsys):
     def cost(*args):
         argv = [*map(str, args), '--json', 'out.json']
         monkeypatch.setattr(sys, 'argv', ['benchmark_model.py', *argv])
-        launch.run(model.main)
+        tool = runpy.run_path(str(TOOLS / 'benchmark_model.py'))
+        launch.run(tool['main'])
         return json.loads((here / 'out.json').read_text()), capsys.readouterr()
 
     return cost
@@ -238,8 +241,8 @@ def test_fused_attention_is_counted():
     with torch.no_grad():
         fused = torch.nn.functional.scaled_dot_product_attention
         products = 2 * (2 * n * n * c)
-        assert model.flops(lambda: fused(q, q, q)) == products
-        assert model.flops(lambda: layer(x, x, x)) == products + 8 * n * c**2
+        assert flops(lambda: fused(q, q, q)) == products
+        assert flops(lambda: layer(x, x, x)) == products + 8 * n * c**2
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -253,7 +256,7 @@ def test_detectors(here, name):
     for _ in range(2):
         forward = contender.call('forward')
         assert not contender.model.training
-        counts.add(model.flops(forward))
+        counts.add(flops(forward))
     assert len(counts) == 1
     head = contender.forward()[-1]
     if name == 'two_stages.py':

@@ -1,48 +1,11 @@
-"""Cost of whole models of mmdet and mmseg, side by side.
-
-    python tools/benchmark_model.py CONFIG ... --shape H W --json out.json
-
-The first config is the unit of the others. One picture (1, 3, H, W), float32,
-weights drawn at random: nothing is downloaded and no data is read. The
-picture goes to the network as it is, without the preprocessor and its padding.
-
-Forward: evaluation mode, no gradients; what mmdet and mmseg call
-``mode='tensor'``: backbone, neck and heads, without decoding and NMS. A
-two-stage detector of mmdet gets as many random proposals as its RPN keeps at
-most (``test_cfg.rpn.max_per_img``) in the place of the RPN's own, whose number
-would depend on random weights; its box heads see all of them, its mask head as
-many as mmdet gives it in this mode: 100, but a cascade's all of them, ten
-times what it sees of real detections.
-
-Training step: ``mode='loss'`` on 16 boxes with masks and five points each, or
-on a label map, and backward, the optimiser left out. SyncBN is BN; frozen
-stages and ``norm_eval`` are as the config says.
-
-With --fuse, every model that has Poly-NL layers behind a 1x1 convolution
-stands there once more, computing them from the convolution's input
-(polynl_mm.fuse_poly_nl); with --forms, once more in that form, while "auto"
-is what it has otherwise; with --fuse-conv-bn, all but those once more with
-their convolutions and BatchNorms made one by mmcv, for the forward only.
-
-FLOPs are those of the forward's products: convolutions, linear layers,
-attention. Each multiply-add is two, while the tables of mmdet and mmseg count
-it as one, so both are given. Normalisation, activations, sampling (RoIAlign)
-and mmcv's own operators (deformable convolution) are not counted.
-
-Time: all models take turns in one process, in random order. A ratio is the
-median of the ratios within a turn, +- half the distance between the quartiles.
-Memory is what a forward and a training step add at their peak after a first
-one; each model in a process of its own.
-"""
+"""Whole models of mmdet and mmseg as contenders, and what each costs."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import random
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,95 +15,15 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polynl_mm import fuse_poly_nl
 from polynl_mm.engine import launch
 from polynl_mm.engine.launch import StartError
 from polynl_mm.layers import PolyNL
-from polynl_mm.ops import FORMS
 
-from . import layer as bench
+from . import timing
 
-MODES = ('forward', 'training')
 OBJECTS = 16
-
-
-def parse_args():
-    """Parse the command line."""
-    parser = launch.Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        'configs',
-        nargs='+',
-        metavar='CONFIG',
-        help='config files of mmdet or mmseg; the first is the unit',
-    )
-    parser.add_argument(
-        '--shape',
-        type=int,
-        nargs=2,
-        required=True,
-        metavar=('H', 'W'),
-        help='height and width of the picture, pixels',
-    )
-    parser.add_argument(
-        '--turns', type=int, default=10, help='times that each is timed'
-    )
-    parser.add_argument(
-        '--modes',
-        nargs='+',
-        default=MODES,
-        choices=MODES,
-        help='what is timed; all if not given',
-    )
-    parser.add_argument(
-        '--fuse',
-        action='store_true',
-        help='Poly-NL layers behind a 1x1 convolution fused with it, too',
-    )
-    parser.add_argument(
-        '--forms',
-        nargs='+',
-        default=[],
-        choices=FORMS[1:],
-        help='Poly-NL layers in these forms, too',
-    )
-    parser.add_argument(
-        '--fuse-conv-bn',
-        action='store_true',
-        help='convolutions fused with the BatchNorm behind them, too',
-    )
-    parser.add_argument(
-        '--backbone',
-        action='store_true',
-        help='the backbone alone, in place of the whole model; forward only',
-    )
-    parser.add_argument(
-        '--no-time',
-        action='store_true',
-        help='only parameters and FLOPs: quick',
-    )
-    parser.add_argument(
-        '--json', type=Path, metavar='FILE', help='write all figures to a file'
-    )
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
-    args = parser.parse_args()
-    if args.backbone:
-        args.modes = MODES[:1]
-    if min(args.shape) < 1:
-        raise StartError(f'--shape {args.shape}: expected two sizes >= 1')
-    if args.turns < 2:
-        raise StartError(f'--turns {args.turns}: a spread takes at least 2')
-    if len(set(args.configs)) < len(args.configs):
-        raise StartError('a config is given twice')
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise StartError('--device cuda, but this machine has no such GPU')
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise StartError(f'--json {args.json}: its folder does not exist')
-    return args
 
 
 @dataclass(frozen=True)
@@ -157,6 +40,10 @@ class Variant:
         steps = [self.form] if self.form else []
         steps += ['fused'] * self.fuse + ['conv-bn'] * self.conv_bn
         return self.config + (f' ({", ".join(steps)})' if steps else '')
+
+    def able(self, modes: list[str]) -> list[str]:
+        """Give what it can do: without BatchNorms none can be trained."""
+        return [m for m in modes if m == 'forward' or not self.conv_bn]
 
 
 class Contender:
@@ -205,7 +92,7 @@ class Contender:
         self.sample = samples[host](*shape).to(device)
 
     def forward(self):
-        """Run the network, see the top of this file."""
+        """Run the network, see tools/benchmark_model.py."""
         from_rpn = getattr(self.model, 'with_rpn', False)
         with torch.no_grad():
             if self.backbone:
@@ -332,107 +219,111 @@ def segmentation_sample(h: int, w: int):
     )
 
 
-def flops(f) -> int:
-    """Floating point operations of the products, two per multiply-add."""
-    # The counter does not know the fused attention of a CPU.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            return bench.flops(f)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def peak_memory(variant: Variant, args) -> dict:
+def peak_memory(
+    variant: Variant,
+    shape: list[int],
+    modes: list[str],
+    device: str,
+    backbone: bool,
+) -> dict:
     """Bytes that a call in each mode adds at its peak. Run in a child."""
     logging.disable(logging.INFO)
-    contender = Contender(variant, args.shape, args.device, args.backbone)
-    peak = {}
-    for mode in modes_of(variant, args):
-        f = contender.call(mode)
-        f()
-        peak[mode] = bench.added_at_peak(f, args.device)
-    return peak
+    contender = Contender(variant, shape, device, backbone)
+    return {
+        mode: timing.added_at_peak(contender.call(mode), device)
+        for mode in modes
+    }
 
 
-def take_turns(contenders: dict, mode: str, turns: int, device: str) -> dict:
-    """Seconds of each contender by turn, after one that is not timed."""
-    calls = {name: c.call(mode) for name, c in contenders.items()}
-    for f in calls.values():
-        f()
-    times = {name: [] for name in calls}
-    for _ in range(turns):
-        # Nobody always follows the same one, which leaves the caches.
-        for name in random.sample(list(calls), len(calls)):
-            times[name].append(bench.seconds_of(calls[name], device))
-    return times
+def measure(
+    variants: list[Variant],
+    shape: list[int],
+    modes: list[str],
+    turns: int,
+    device: str,
+    backbone: bool = False,
+) -> dict:
+    """All figures: seconds by turn, bytes, and what the table says of them.
 
-
-def measure(args) -> dict:
-    """All figures: seconds by turn, bytes, and what the table says of them."""
+    Args:
+        variants (list[Variant]): What is compared; the first is the unit.
+        shape (list[int]): Height and width of the picture.
+        modes (list[str]): Those of ``timing.MODES`` that are timed.
+        turns (int): How often.
+        device (str): 'cpu' or 'cuda'.
+        backbone (bool): The backbones alone.
+    """
+    unit = str(variants[0])
     row = dict(
-        machine=bench.machine(args.device),
-        shape=args.shape,
-        unit=args.configs[0],
-        modes=[] if args.no_time else args.modes,
+        machine=timing.machine(device),
+        shape=shape,
+        unit=unit,
+        modes=modes,
         contenders={},
     )
     contenders = {}
-    for variant in variants(args):
+    for variant in variants:
         name = str(variant)
-        contender = Contender(variant, args.shape, args.device, args.backbone)
-        count = flops(contender.call('forward'))
+        contender = Contender(variant, shape, device, backbone)
+        count = timing.flops(contender.call('forward'))
         row['contenders'][name] = dict(
             parameters=sum(p.numel() for p in contender.whole.parameters()),
             multiply_adds=count // 2,
             flops=count,
         )
-        if not args.no_time:
+        if modes:
             contenders[name] = contender
-    if args.no_time:
-        return row
-    for mode in args.modes:
-        able = {
-            name: contender
+
+    def make_calls(mode, _):
+        return {
+            name: contender.call(mode)
             for name, contender in contenders.items()
-            if mode in modes_of(contender.variant, args)
+            if mode in contender.variant.able(modes)
         }
-        times = take_turns(able, mode, args.turns, args.device)
+
+    for mode in modes:
+        times = timing.take_turns(
+            partial(make_calls, mode), device, unit, turns
+        )
         for name, seconds in times.items():
             case = row['contenders'][name]
             case[mode] = seconds
             case.setdefault('relative', {})
-            case['relative'][mode] = bench.relative(
-                row, name, mode, row['unit']
-            )
-    with bench.one_process_each('mmdet.models', 'mmseg.models') as pool:
+            case['relative'][mode] = timing.ratio(seconds, times[unit])
+    if not modes:
+        return row
+    preload = ('mmdet.models', 'mmseg.models')
+    with timing.one_process_each(device, *preload) as pool:
         for name, contender in contenders.items():
+            variant = contender.variant
             row['contenders'][name]['peak_bytes'] = pool.apply(
-                peak_memory, (contender.variant, args)
+                peak_memory,
+                (variant, shape, variant.able(modes), device, backbone),
             )
     return row
 
 
-def variants(args) -> list[Variant]:
+def variants(
+    configs: list[str],
+    shape: list[int],
+    backbone: bool = False,
+    forms: list[str] = (),
+    fuse: bool = False,
+    conv_bn: bool = False,
+) -> list[Variant]:
     """All that are compared: a layer is changed only where there is one."""
     found = []
-    for config in args.configs:
+    for config in configs:
         found.append(Variant(config))
-        model = Contender(config, args.shape, 'cpu', args.backbone).whole
+        model = Contender(config, shape, 'cpu', backbone).whole
         if any(isinstance(module, PolyNL) for module in model.modules()):
-            found += [Variant(config, form=form) for form in args.forms]
+            found += [Variant(config, form=form) for form in forms]
         model.eval()
-        if args.fuse and fuse_poly_nl(model)[1].fused:
+        if fuse and fuse_poly_nl(model)[1].fused:
             found.append(Variant(config, fuse=True))
-    if args.fuse_conv_bn:
+    if conv_bn:
         found += [replace(v, conv_bn=True) for v in found if not v.form]
     return found
-
-
-def modes_of(variant: Variant, args) -> list[str]:
-    """Without its BatchNorms a model can not be trained."""
-    return [m for m in args.modes if m == 'forward' or not variant.conv_bn]
 
 
 def table(row: dict) -> str:
@@ -440,7 +331,7 @@ def table(row: dict) -> str:
     head = ['model', 'parameters, M', 'multiply-adds, G', 'FLOPs, G']
     for mode in row['modes']:
         head += [f'{mode}, ms', f'{mode}, ratio', f'{mode}, peak MiB']
-    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+    lines = []
     for name, case in row['contenders'].items():
         cells = [
             Path(name).name.replace('.py', ''),
@@ -452,24 +343,10 @@ def table(row: dict) -> str:
             if mode not in case:
                 cells += [''] * 3
                 continue
-            value, half = bench.seconds(row, name, mode)
+            value, half = timing.seconds(case[mode])
             cells.append(f'{value * 1e3:.4g} ± {half * 1e3:.2g}')
             value, half = case['relative'][mode]
             cells.append(f'{value:.3f} ± {half:.3f}')
             cells.append(f'{case["peak_bytes"][mode] / 2**20:.0f}')
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
-
-
-def main():
-    """Measure, print the table, write the JSON."""
-    args = parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    # A line for every parameter that is initialised.
-    logging.disable(logging.INFO)
-    row = measure(args)
-    print(f'{row["machine"]}, picture {args.shape[0]} x {args.shape[1]}\n')
-    print(table(row))
-    if args.json:
-        args.json.write_text(json.dumps(row, indent=1))
+        lines.append(cells)
+    return timing.table(head, lines)
