@@ -15,6 +15,11 @@ peak, each case in a process of its own.
 The numbers behind ``form='auto'`` come from here.
 
     python tools/benchmark_layer.py --json out.json
+
+With --against COMMIT, before a change of the operation is taken for as fast
+as what was: two modules of the same weights call the operation of here, and
+two that of another commit of this repository; the last table has their
+ratios, the last lines the worst of each.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import argparse
 import contextlib
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -33,6 +39,7 @@ if (HERE.parent / 'polynl_mm').is_dir():
 sys.path.append(str(HERE))
 
 from benchmarks import layer, timing
+from benchmarks.core import extract
 from benchmarks.goals import goals
 from benchmarks.timing import MODES
 
@@ -66,6 +73,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--no-memory', action='store_true', help='leave out peak memory'
     )
+    parser.add_argument(
+        '--against',
+        metavar='COMMIT',
+        help='the operation of this commit takes part, too: on X, and behind\n'
+        'a 1x1 convolution C/4 -> C with a frozen norm',
+    )
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     return parser.parse_args()
 
@@ -77,10 +90,19 @@ def main() -> None:
     print(timing.machine(args.device))
     if layer.ContextBlock is None:
         print('mmcv is not installed: NonLocal2d and ContextBlock left out')
-    report(measure(args))
+    with tempfile.TemporaryDirectory() as folder:
+        against = None
+        if args.against:
+            against = layer.Against(args.against, folder)
+            try:
+                extract(*against)
+            except ValueError as error:
+                sys.exit(f'benchmark_layer.py: --against: {error}')
+        result = measure(args, against)
+    report(result, against)
 
 
-def measure(args) -> dict:
+def measure(args, against: layer.Against | None) -> dict:
     """All figures, also into the JSON, which grows case by case."""
     rows = []
     with contextlib.ExitStack() as stack:
@@ -92,7 +114,9 @@ def measure(args) -> dict:
         for c in args.channels:
             for n in args.positions:
                 try:
-                    row = layer.run_case(c, n, args.device, args.seconds, pool)
+                    row = layer.run_case(
+                        c, n, args.device, args.seconds, pool, against
+                    )
                 except layer.Disagreement as error:
                     sys.exit(str(error))
                 rows.append(row)
@@ -101,6 +125,8 @@ def measure(args) -> dict:
                     rows=rows,
                     goals=goals(rows),
                 )
+                if against:
+                    result['against'] = layer.worst_against(rows, against)
                 if args.json:
                     Path(args.json).write_text(json.dumps(result, indent=1))
                 print(
@@ -114,7 +140,7 @@ def measure(args) -> dict:
     return result
 
 
-def report(result: dict) -> None:
+def report(result: dict, against: layer.Against | None) -> None:
     """Print the tables and the goals."""
     rows = result['rows']
     for mode in MODES:
@@ -125,6 +151,9 @@ def report(result: dict) -> None:
         'input) / GFLOPs of a training step\n'
     )
     print(layer.memory_table(rows))
+    if against:
+        print(f'\nin units of {against.commit}\n')
+        print(layer.against_table(rows, against))
     print()
     for goal in result['goals']:
         flops = goal['by_flops']
@@ -133,6 +162,13 @@ def report(result: dict) -> None:
             f'{goal["goal"]}: {goal["worst"]:.3g} (limit {goal["limit"]}, '
             f'worst at {goal["where"]}'
             + (f', by operations {flops:.2f})' if flops else ')')
+        )
+    for found in result.get('against', ()):
+        figures = [found['worst'], *filter(None, [found['spread']])]
+        print(
+            f'{found["ratio"]}: at most '
+            + ' ± '.join(f'{value:.3f}' for value in figures)
+            + f', at {found["where"]}'
         )
 
 

@@ -1,7 +1,8 @@
-"""The costs of one layer: turns, both doors."""
+"""The costs of one layer: turns, both doors, another commit's operation."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -19,6 +20,25 @@ from benchmarks.core import HERE, Core  # noqa: E402
 from polynl_mm.layers import PolyNL2d  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+
+# Behind the operation of the commit compared with: slower, and larger.
+SLOWED = """
+
+import time as _time
+
+_quick, _quick_behind = poly_nl, poly_nl_behind
+
+
+def poly_nl(x, *args, **kwargs):
+    _time.sleep(0.1)
+    return _quick(x, *args, **kwargs) + 0 * x.exp().log1p()
+
+
+def poly_nl_behind(*args, **kwargs):
+    _time.sleep(0.1)
+    y = _quick_behind(*args, **kwargs)
+    return y + 0 * y.exp().log1p()
+"""
 
 
 def test_turns(monkeypatch):
@@ -124,25 +144,101 @@ def test_the_operation_is_called_as_its_commit_wants():
     )
 
 
-def run(*args, cwd):
+def test_operations_that_differ_are_not_timed(monkeypatch):
+    def doubled(x, *args, **kwargs):
+        return 2 * HERE.ops.poly_nl(x, *args, **kwargs)
+
+    other = {**vars(HERE.ops), 'poly_nl': doubled}
+    monkeypatch.setattr(
+        layer, 'core_in', lambda folder: Core(SimpleNamespace(**other))
+    )
+    against = layer.Against('old', '/nowhere')
+    with pytest.raises(
+        layer.Disagreement, match='C=16 N=16: .* differ by 0.5'
+    ):
+        layer.run_case(16, 16, 'cpu', 0.001, against=against)
+
+
+@pytest.fixture(scope='module')
+def repository(tmp_path_factory):
+    """A repository of this code; its one commit has a slower operation."""
+    if shutil.which('git') is None:
+        pytest.skip('git has the other commit')
+    root = tmp_path_factory.mktemp('repository')
+    for name in ('polynl_mm', 'tools'):
+        shutil.copytree(ROOT / name, root / name)
+    ops = root / 'polynl_mm' / 'ops.py'
+    ops = ops if ops.is_file() else root / 'polynl_mm/ops/__init__.py'
+    text = ops.read_text()
+    ops.write_text(text + SLOWED)
+    author = ('-c', 'user.name=A', '-c', 'user.email=a@b.c')
+    for command in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'slow']):
+        subprocess.run(['git', *author, *command], cwd=root, check=True)
+    ops.write_text(text)
+    return root
+
+
+def run(repository, *args):
     return subprocess.run(
-        [sys.executable, str(ROOT / 'tools/benchmark_layer.py'), *args],
-        cwd=cwd,
+        [sys.executable, str(repository / 'tools/benchmark_layer.py'), *args],
+        cwd=repository,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ''},
         capture_output=True,
         text=True,
     )
 
 
-def test_one_small_case(tmp_path):
+def test_against_a_commit(repository):
     done = run(
-        *('--channels', '16', '--positions', '16', '--seconds', '0.001'),
-        *('--no-memory', '--json', 'out.json'),
-        cwd=tmp_path,
+        repository,
+        *('--against', 'HEAD', '--channels', '128', '--positions', '4096'),
+        *('--seconds', '0.02', '--json', 'out.json'),
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / 'out.json').read_text())
+    result = json.loads((repository / 'out.json').read_text())
+    (row,) = result['rows']
+    assert row['auto'] == row['auto@HEAD']
+    cases = row['contenders']
+    for door in ('auto', 'behind'):
+        here, there = cases[f'{door}@here'], cases[f'{door}@HEAD']
+        spent = [min(filter(None, case['forward'])) for case in (here, there)]
+        assert spent[0] < 0.1 < spent[1]
+        # A map of exp(x), kept for its gradient.
+        map_ = 128 * 4096 * 4
+        assert there['peak_bytes'] > here['peak_bytes'] + 0.9 * map_
+    found = {case['ratio']: case for case in result['against']}
+    assert list(found) == [
+        f'{door} / {door}@HEAD, {what}'
+        for door in ('auto', 'behind')
+        for what in (*timing.MODES, 'peak of a training step')
+    ]
+    assert all(case['worst'] < 0.9 for case in found.values())
+    assert {case['where'] for case in found.values()} == {'C=128 N=4096'}
+    lines = done.stdout.splitlines()
+    assert lines[-6].startswith('auto / auto@HEAD, forward: at most 0.')
+    assert lines[-1].endswith(', at C=128 N=4096')
+    (table,) = (line for line in lines if 'auto@HEAD, forward |' in line)
+    assert len(table.split('|')) == 2 + 10
+    assert 'forward, time in units of one 1x1 convolution' in lines
+
+
+def test_without_another_commit(repository):
+    done = run(
+        repository,
+        *('--channels', '16', '--positions', '16', '--seconds', '0.001'),
+        *('--no-memory', '--json', 'out.json'),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((repository / 'out.json').read_text())
     (row,) = result['rows']
     names = ('conv', 'auto', 'direct', 'gram', 'NonLocal2d', 'ContextBlock')
     assert tuple(row['contenders']) == names
+    assert 'against' not in result and '@' not in done.stdout
     assert 'anywhere: training, auto / direct' in done.stdout
+
+
+def test_a_commit_that_is_not_there(repository):
+    done = run(repository, '--against', 'nowhere')
+    assert done.returncode == 1
+    assert done.stderr.startswith('benchmark_layer.py: --against: fatal: ')
+    assert done.stderr.count('\n') == 1

@@ -2,6 +2,6 @@
 
 ``timing`` measures calls, whatever they call. ``layer`` has the contenders
 for one Poly-NL layer, ``goals`` what such a layer should cost, ``core`` the
-operation of any commit, and ``model`` has whole
+operation as another commit of this repository has it, and ``model`` has whole
 models of mmdet and mmseg.
 """

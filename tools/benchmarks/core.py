@@ -1,10 +1,17 @@
-"""The operation of any commit of this repository, called alike."""
+"""The operation of this checkout and of another commit, called alike."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from functools import lru_cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 
 import polynl_mm.ops
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Core:
@@ -55,3 +62,35 @@ class Core:
 
 
 HERE = Core(polynl_mm.ops)
+
+
+def extract(commit: str, folder: str) -> None:
+    """Write the package as a commit of this repository has it.
+
+    Raises:
+        ValueError: There is no such commit, or no repository.
+    """
+    archive = subprocess.run(
+        ['git', '-C', ROOT, 'archive', commit, 'polynl_mm'],
+        capture_output=True,
+    )
+    if archive.returncode:
+        raise ValueError(archive.stderr.decode().strip().splitlines()[-1])
+    subprocess.run(
+        ['tar', '-x', '-C', folder], input=archive.stdout, check=True
+    )
+
+
+@lru_cache
+def core_in(folder: str) -> Core:
+    """Import the operation that :func:`extract` has written to a folder."""
+    package = Path(folder, 'polynl_mm', 'ops')
+    rooms = [str(package)] if package.is_dir() else None
+    file = package / '__init__.py' if rooms else package.with_suffix('.py')
+    name = f'ops_in_{Path(folder).name}'
+    spec = spec_from_file_location(
+        name, file, submodule_search_locations=rooms
+    )
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Core(module)

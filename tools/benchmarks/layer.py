@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from polynl_mm.layers import PolyNL2d
 from polynl_mm.ops import FORMS
 
 from . import timing
-from .core import HERE, Core
+from .core import HERE, Core, core_in
 from .timing import MODES
 
 try:
@@ -27,10 +28,25 @@ except ImportError:
 
 UNIT = 'conv'
 RIVALS = ('NonLocal2d', 'ContextBlock')
+DOORS = ('auto', 'behind')
+# Of what a process holds, less than this is by chance.
+LEAST_PEAK = 2**20
+WHATS = (*MODES, 'peak of a training step')
 
 
 class Disagreement(Exception):
     """Contenders that should compute the same do not."""
+
+
+class Against(NamedTuple):
+    """Another commit, and the folder that its package was extracted to."""
+
+    commit: str
+    folder: str
+
+    def names(self, door: str) -> tuple[str, str]:
+        """The contender with this operation, and the one with the other."""
+        return f'{door}@here', f'{door}@{self.commit}'
 
 
 class OnX(PolyNL2d):
@@ -96,9 +112,15 @@ class Behind(OnX):
         )
 
 
-def build(name: str, c: int, n: int) -> nn.Module | None:
+def build(
+    name: str, c: int, n: int, against: Against | None = None
+) -> nn.Module | None:
     """A contender, None where it is left out. All start alike."""
     torch.manual_seed(0)
+    door, _, commit = name.partition('@')
+    if commit:
+        core = HERE if commit == 'here' else core_in(against.folder)
+        return (OnX if door == 'auto' else Behind)(c, core)
     if name in FORMS:
         # Its weights keep the variance.
         return PolyNL2d(c, beta_init=0.5, form=name)
@@ -159,9 +181,11 @@ def call_of(module, x, dy, mode: str, autocast=None):
     return call
 
 
-def peak_memory(name: str, c: int, n: int, device: str) -> int:
+def peak_memory(
+    name: str, c: int, n: int, device: str, against: Against | None
+) -> int:
     """Bytes that one training step adds at its peak. Run in a child."""
-    module = build(name, c, n).to(device)
+    module = build(name, c, n, against).to(device)
     inputs = make_inputs(c, n, device)(module)
     return timing.added_at_peak(call_of(module, *inputs, 'training'), device)
 
@@ -190,6 +214,7 @@ def run_case(
     device: str,
     seconds: float,
     pool=None,
+    against: Against | None = None,
 ) -> dict:
     """One row of the tables.
 
@@ -198,14 +223,19 @@ def run_case(
         device (str): 'cpu' or 'cuda'.
         seconds (float): Time for each contender and mode.
         pool: :func:`timing.one_process_each`; peak memory is left out if None.
+        against (Against, optional): Whose operation takes part, too.
 
     Raises:
-        Disagreement: The forms differ in value or in a gradient.
+        Disagreement: The forms, or the operations, differ in value or in a
+            gradient.
     """
     names = [UNIT, *FORMS, *RIVALS]
+    doors = DOORS if against else ()
+    pairs = [against.names(door) for door in doors]
+    names += [name for pair in pairs for name in pair]
 
     def build_all(mode):
-        modules = {name: build(name, c, n) for name in names}
+        modules = {name: build(name, c, n, against) for name in names}
         return {
             name: module.to(device).train(mode == 'training')
             for name, module in modules.items()
@@ -220,24 +250,34 @@ def run_case(
         }
 
     modules, inputs = build_all('training'), make_inputs(c, n, device)
-    error = disagreement(
-        modules['direct'],
-        [modules[form] for form in FORMS],
-        *inputs(modules['direct']),
+    error = max(
+        disagreement(
+            modules[truth],
+            [modules[name] for name in others],
+            *inputs(modules[truth]),
+        )
+        for truth, others in (
+            ('direct', FORMS),
+            *((b, (a,)) for a, b in pairs),
+        )
     )
     if not error < 1e-3:
         raise Disagreement(f'C={c} N={n}: the forms differ by {error:.2g}')
     row = dict(c=c, n=n, disagreement=error, contenders={})
     x, _ = inputs(modules[UNIT])
-    row['auto'] = {
-        mode: HERE.chosen(x, backward=mode == 'training') for mode in MODES
-    }
+    cores = {'auto': HERE}
+    if against:
+        cores[f'auto@{against.commit}'] = core_in(against.folder)
+    for name, core in cores.items():
+        row[name] = {
+            mode: core.chosen(x, backward=mode == 'training') for mode in MODES
+        }
     for name, module in modules.items():
         case = timing.saved_bytes(module, inputs(module)[0])
         row['contenders'][name] = dict(saved_bytes=case)
         if pool is not None:
             row['contenders'][name]['peak_bytes'] = pool.apply(
-                peak_memory, (name, c, n, device)
+                peak_memory, (name, c, n, device, against)
             )
     for mode in MODES:
         for name, f in make_calls(mode, 0).items():
@@ -307,3 +347,61 @@ def memory_table(rows: list) -> str:
             )
         lines.append(cells)
     return timing.table(['C', 'N', 'input, MiB', *names], lines)
+
+
+def against_table(rows: list, against: Against) -> str:
+    """Markdown: this commit's time and peak in units of the other's.
+
+    Where the two take another form, the other's is in brackets.
+    """
+    head = ['C', 'N', *(f'auto took, {mode}' for mode in MODES)]
+    for door in DOORS:
+        head += [f'{door} / {door}@{against.commit}, {what}' for what in WHATS]
+    lines = []
+    for row in rows:
+        cells = [row['c'], row['n']]
+        for mode in MODES:
+            took, other = row['auto'], row[f'auto@{against.commit}']
+            took, other = took[mode], other[mode]
+            cells.append(took if took == other else f'{took} ({other})')
+        for door in DOORS:
+            for what in WHATS:
+                found = against_of(row, door, what, against)
+                cells.append(' ± '.join(f'{v:.3f}' for v in found) or '-')
+        lines.append(cells)
+    return timing.table(head, lines)
+
+
+def against_of(row: dict, door: str, what: str, against: Against) -> tuple:
+    """A figure in units of the other commit's, and its spread if it has one.
+
+    Nothing where it was not measured, or is too small to be.
+    """
+    here, there = against.names(door)
+    if what in MODES:
+        return relative(row, here, what, there)
+    here, there = (
+        row['contenders'][name].get('peak_bytes', 0) for name in (here, there)
+    )
+    return (here / there,) if min(here, there) >= LEAST_PEAK else ()
+
+
+def worst_against(rows: list, against: Against) -> list:
+    """For each column of :func:`against_table` the largest, and where."""
+    out = []
+    for door in DOORS:
+        for what in WHATS:
+            cases = [
+                (found[0], where(row), found)
+                for row in rows
+                for found in [against_of(row, door, what, against)]
+                if found
+            ]
+            if cases:
+                value, place, found = max(cases)
+                ratio = f'{door} / {door}@{against.commit}, {what}'
+                spread = found[1] if found[1:] else None
+                out.append(
+                    dict(ratio=ratio, worst=value, spread=spread, where=place)
+                )
+    return out
