@@ -1,4 +1,4 @@
-"""Lets every test import the helpers and the package of this checkout."""
+"""Lets every test import the helpers and what this checkout holds."""
 
 import logging
 import sys
@@ -8,7 +8,9 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / 'projects')]
+# Behind all others: its ``test`` would hide Python's.
+sys.path.append(str(HERE.parent / 'tools'))
 
 
 @pytest.fixture

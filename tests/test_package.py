@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = {
     'polynl_mm': 'polynl_mm',
     'configs': 'polynl_mm/configs',
+    'projects/mini_data': 'polynl_mm/projects/mini_data',
     'tools': 'polynl_mm/tools',
 }
 # Set-up scripts: without a checkout there is nothing to set up.

@@ -29,9 +29,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 
-import benchmark_layer as bench
 import matplotlib
 import torch
+from benchmarks import layer, timing
+from benchmarks.core import HERE
 from matplotlib.figure import Figure
 from mmcv.cnn.bricks import ContextBlock, NonLocal2d
 from torch import nn
@@ -39,7 +40,7 @@ from torch.nn import functional as F
 
 from polynl_mm import fuse_poly_nl
 from polynl_mm.layers import PolyNL2d
-from polynl_mm.ops import FORMS, poly_nl_behind
+from polynl_mm.ops import FORMS
 
 UNIT = 'no block'
 FUSED = 'Poly-NL, fused'
@@ -129,8 +130,8 @@ def fits(name: str, c: int, n: int, device: str) -> bool:
 def make_call(name: str, c: int, n: int, mode: str, args, offset: int = 0):
     """A forward or a step of training of a contender."""
     module = build(name, c, mode, args.device)
-    x, _ = bench.make_input(c // 4, n, args.device, offset)
-    _, dy = bench.make_input(c, n, args.device, offset)
+    x, _ = layer.make_input(c // 4, n, args.device, offset)
+    _, dy = layer.make_input(c, n, args.device, offset)
     if args.dtype in HALF:
         x, dy = (z.detach().to(HALF[args.dtype]) for z in (x, dy))
         x.requires_grad_()
@@ -139,39 +140,21 @@ def make_call(name: str, c: int, n: int, mode: str, args, offset: int = 0):
         HALF.get(args.dtype, torch.bfloat16),
         enabled=args.dtype in HALF,
     )
-
-    def call():
-        with torch.set_grad_enabled(mode == 'training'), autocast:
-            y = module(x)
-        if mode == 'training':
-            y.backward(dy.to(y.dtype))
-            x.grad = None
-            module.zero_grad(set_to_none=True)
-
-    return call
-
-
-def set_precision(args) -> None:
-    """Allow TF32 or not."""
-    torch.backends.cuda.matmul.allow_tf32 = args.dtype == 'tf32'
-    torch.backends.cudnn.allow_tf32 = args.dtype == 'tf32'
+    return layer.call_of(module, x, dy, mode, autocast)
 
 
 def peak_memory(name: str, c: int, n: int, mode: str, args) -> int:
     """Bytes that a call adds at its peak. Run in a child."""
-    set_precision(args)
+    timing.allow_tf32(args.dtype == 'tf32')
     call = make_call(name, c, n, mode, args)
-    call()
-    return bench.added_at_peak(call, args.device)
+    return timing.added_at_peak(call, args.device)
 
 
 def count(name: str, c: int, n: int, mode: str, args) -> int:
     """FLOPs of a call; of attention as its matrices were written out."""
-    if name == 'NonLocal2d, SDPA':
-        name = 'NonLocal2d'
     few = max(c, 256)
     if 'NonLocal2d' not in name or n <= few:
-        return bench.flops(make_call(name, c, n, mode, args))
+        return timing.flops(make_call(name, c, n, mode, args))
     # Exactly a N + b N^2, from two sizes that fit anywhere.
     one, two = (count(name, c, k, mode, args) for k in (few // 2, few))
     b = (two - 2 * one) / (few**2 / 2)
@@ -183,24 +166,24 @@ def run_case(c: int, n: int, mode: str, args, pool) -> dict:
     names = [name for name in BLOCKS if fits(name, c, n, args.device)]
 
     def make_calls(i):
-        # Whole cache lines, never a whole page.
-        offset = 16 * (1 + 11 * i)
+        offset = layer.offset_in(i)
         return {k: make_call(k, c, n, mode, args, offset) for k in names}
 
-    bench.UNIT = UNIT
-    times = bench.take_turns(
-        make_calls, args.seconds / bench.ROUNDS, args.device
+    times = timing.take_turns(
+        make_calls,
+        args.device,
+        UNIT,
+        seconds=args.seconds,
+        rounds=timing.ROUNDS,
     )
     # The input read, the output written; their gradients, the input again.
     maps = 1.25 if mode == 'forward' else 1.25 * 2 + 0.25
     itemsize = 2 if args.dtype in HALF else 4
     case = dict(c=c, n=n, mode=mode, contenders={})
-    row = dict(contenders={name: {mode: times[name]} for name in names})
     for name in names:
-        seconds = bench.seconds(row, name, mode)
         case['contenders'][name] = dict(
-            seconds=seconds,
-            relative=bench.relative(row, name, mode, UNIT),
+            seconds=timing.seconds(times[name]),
+            relative=timing.ratio(times[name], times[UNIT]),
             flops=count(name, c, n, mode, args),
             least_bytes=maps * c * n * itemsize,
             peak_bytes=pool.apply(peak_memory, (name, c, n, mode, args)),
@@ -213,51 +196,47 @@ def measure_layers(args) -> None:
     sizes = [(args.channels[0], n) for n in args.positions]
     sizes += [(c, args.positions[0]) for c in args.channels[1:]]
     cases = []
-    with bench.one_process_each('mmcv.cnn', 'matplotlib.figure') as pool:
+    preload = ('mmcv.cnn', 'matplotlib.figure')
+    with timing.one_process_each(args.device, *preload) as pool:
         for c, n in sizes:
-            for mode in bench.MODES:
+            for mode in timing.MODES:
                 cases.append(run_case(c, n, mode, args, pool))
                 print(f'C={c} N={n} {mode}: measured', flush=True)
             result = dict(
-                machine=bench.machine(args.device).replace(
-                    'float32', args.dtype
-                ),
+                machine=timing.machine(args.device, args.dtype),
                 cases=cases,
             )
             (args.out / 'layers.json').write_text(json.dumps(result, indent=1))
 
 
-def choice_calls(c: int, n: int, args, round_: int) -> dict:
+def choice_calls(c: int, n: int, device: str, round_: int) -> dict:
     """The fused layer in both forms, and in the one that it chooses."""
-    offset = 16 * (1 + 11 * round_)
-    h, _ = bench.make_input(c // 4, n, args.device, offset)
-    fused = build(FUSED, c, 'forward', args.device)[-1]
-    buffers = dict(fused.named_buffers())
-
-    def call(form):
-        with torch.no_grad():
-            poly_nl_behind(h, **buffers, form=form)
-
-    return {form: partial(call, form) for form in FORMS}
+    h, _ = layer.make_input(c // 4, n, device, layer.offset_in(round_))
+    calls = {}
+    for form in FORMS:
+        torch.manual_seed(0)
+        fused = layer.Behind(c, HERE, form).to(device).eval()
+        calls[form] = layer.call_of(fused, h, None, 'forward')
+    return calls
 
 
 def measure_choice(args) -> None:
     """Where N is small, into choice.json."""
     cases = []
-    bench.UNIT = 'auto'
     for c in (512, 1024, 2048):
         for n in (c // 16, c // 8, c // 4, c // 2, c, 2 * c):
-            times = bench.take_turns(
-                partial(choice_calls, c, n, args),
-                args.seconds / bench.ROUNDS,
+            times = timing.take_turns(
+                partial(choice_calls, c, n, args.device),
                 args.device,
+                'auto',
+                seconds=args.seconds,
+                rounds=timing.ROUNDS,
             )
-            row = dict(contenders={k: dict(forward=times[k]) for k in times})
             case = dict(c=c, n=n)
             for name in times:
-                case[name] = bench.seconds(row, name, 'forward')
+                case[name] = timing.seconds(times[name])
             better = min('direct', 'gram', key=case.get)
-            case['ratio'] = bench.relative(row, 'auto', 'forward', better)
+            case['ratio'] = timing.ratio(times['auto'], times[better])
             cases.append(case)
     (args.out / 'choice.json').write_text(json.dumps(cases, indent=1))
 
@@ -301,30 +280,29 @@ def measure_models(args) -> None:
 
 def table(cases: list, mode: str, cell) -> str:
     """Markdown: a line for each size, a column for each contender."""
-    head = ['C', 'N', *BLOCKS]
-    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+    lines = []
     for case in cases:
         if case['mode'] != mode:
             continue
-        cells = [str(case['c']), str(case['n'])]
+        cells = [case['c'], case['n']]
         for name in BLOCKS:
             found = case['contenders'].get(name)
             cells.append(cell(found) if found else 'left out')
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        lines.append(cells)
+    return timing.table(['C', 'N', *BLOCKS], lines)
 
 
 def choice_table(cases: list) -> str:
     """Markdown: a line for each size."""
     names = ('direct', 'gram', 'auto')
     head = ['C', 'N', *(f'{name}, ms' for name in names), 'auto / better']
-    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+    lines = []
     for case in cases:
-        cells = [str(case['c']), str(case['n'])]
+        cells = [case['c'], case['n']]
         cells += [f'{case[name][0] * 1e3:.3g}' for name in names]
         cells.append('{:.2f} ± {:.2f}'.format(*case['ratio']))
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        lines.append(cells)
+    return timing.table(head, lines)
 
 
 def number(value: float) -> str:
@@ -353,7 +331,7 @@ def backbones_table(rows: list) -> str:
     for shape in BACKBONES_AT:
         head += ['{} × {}: multiply-adds, G'.format(*shape), 'time']
         head.append('both after `fuse_conv_bn`')
-    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+    lines = []
     found = {
         f'{block}, {PLACEMENTS[place]}': key
         for place in PLACEMENTS
@@ -377,18 +355,21 @@ def backbones_table(rows: list) -> str:
             ):
                 cells.append(
                     '{:.2f} ± {:.2f}'.format(
-                        *bench.relative(row, name, 'forward', unit)
+                        *layer.relative(row, name, 'forward', unit)
                     )
                     if name in row['contenders']
                     else ''
                 )
-        lines.append('| ' + ' | '.join(cells) + ' |')
+        lines.append(cells)
+    text = [timing.table(head, lines)]
     for row in rows:
-        lines.append('')
+        text.append('')
         for key in (PLAIN, after_conv_bn(PLAIN)):
-            ms = (1e3 * t for t in bench.seconds(row, key, 'forward'))
-            lines.append(f'{key}: {with_spread(*ms)} ms')
-    return '\n'.join(lines)
+            seconds = timing.seconds(row['contenders'][key]['forward'])
+            text.append(
+                f'{key}: {with_spread(*(1e3 * t for t in seconds))} ms'
+            )
+    return '\n'.join(text)
 
 
 def after_conv_bn(key: str) -> str:
@@ -404,7 +385,7 @@ def draw_layers(cases: list, axis: str, path: Path) -> None:
     held = cases[0][other]
     figure = Figure(figsize=(10, 7.5), layout='constrained')
     panels = figure.subplots(2, 2, sharex=True)
-    for axes, mode in zip(panels, bench.MODES):
+    for axes, mode in zip(panels, timing.MODES):
         for ax, what in zip(axes, ('time, ms', 'peak memory, MiB')):
             chosen = [
                 case
@@ -554,7 +535,7 @@ def main() -> None:
     """Measure, print the tables, draw."""
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    set_precision(args)
+    timing.allow_tf32(args.dtype == 'tf32')
     if 'layers' in args.parts:
         measure_layers(args)
     if 'choice' in args.parts:
@@ -564,7 +545,7 @@ def main() -> None:
     if (args.out / 'layers.json').exists():
         result = json.loads((args.out / 'layers.json').read_text())
         print(result['machine'])
-        for mode in bench.MODES:
+        for mode in timing.MODES:
             for what, cell in CELLS.items():
                 print(f'\n{mode}: {what}\n')
                 print(table(result['cases'], mode, cell))

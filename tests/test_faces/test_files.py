@@ -1,11 +1,11 @@
 """The readers of the official files, and what they say of broken ones."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mini_data.wider_face import Face
+from mini_data.wider_face_files import write_wider_mats
 from release import KEYPOINTS, NAMES, OFFICIAL, RETINAFACE, SCRFD
 
 from polynl_mm.faces.files import (
@@ -432,19 +432,13 @@ def test_file_of_an_unknown_picture(files, name, missing_as_empty):
 
 
 def test_mini_wider_is_read(tmp_path):
-    spec = importlib.util.spec_from_file_location(
-        'mini_data_maker', ROOT / 'tools' / 'make_mini_data.py'
-    )
-    maker = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = maker
-    spec.loader.exec_module(maker)
     faces = [
-        maker.Face(3, 4, 20, h, *[0] * 3, invalid, 0, 0)
+        Face(3, 4, 20, h, *[0] * 3, invalid, 0, 0)
         for h, invalid in ((50, 0), (50, 1), (25, 0), (11, 0), (8, 0))
     ]
     crowd = [faces[0]] * 300
     events = {'0--A': {'x': faces, 'y': []}, '1--B': {'z': crowd}}
-    maker.write_wider_mats(tmp_path, events)
+    write_wider_mats(tmp_path, events)
     gt = load_wider_face_gt(tmp_path)
     assert gt.images == ('0--A/x', '0--A/y', '1--B/z')
     assert gt.starts.tolist() == [0, 5, 6, 306]

@@ -14,6 +14,9 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
+from benchmarks import model  # noqa: E402
+from benchmarks.timing import flops  # noqa: E402
+
 from polynl_mm.engine import cli  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / 'tools'
@@ -79,7 +82,6 @@ model = dict(backbone=dict(
 def here(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, 'environ', dict(os.environ))
-    monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / 'tiny_backbone.py').write_text(BACKBONE)
     (tmp_path / 'tiny.py').write_text(TINY)
@@ -96,17 +98,13 @@ def here(tmp_path, monkeypatch, place):
 
 
 @pytest.fixture
-def tool(here):
-    return runpy.run_path(str(TOOLS / 'benchmark_model.py'))
-
-
-@pytest.fixture
-def cost(tool, here, monkeypatch, capsys):
+def cost(here, monkeypatch, capsys):
     """Run the tool in this process; give its JSON and what it printed."""
 
     def cost(*args):
         argv = [*map(str, args), '--json', 'out.json']
         monkeypatch.setattr(sys, 'argv', ['benchmark_model.py', *argv])
+        tool = runpy.run_path(str(TOOLS / 'benchmark_model.py'))
         cli.run(tool['main'])
         return json.loads((here / 'out.json').read_text()), capsys.readouterr()
 
@@ -217,10 +215,10 @@ def test_variants_of_a_backbone(here, start_here):
     assert '| fusable (fused, conv-bn) |' in out
 
 
-def test_a_step_of_training_fused(tool, here):
+def test_a_step_of_training_fused(here):
     logging.disable(logging.INFO)
-    variant = tool['Variant']('fusable.py', fuse=True)
-    contender = tool['Contender'](variant, [64, 64], 'cpu')
+    variant = model.Variant('fusable.py', fuse=True)
+    contender = model.Contender(variant, [64, 64], 'cpu')
     contender.call('training')()
     layer = contender.model.backbone.layer3[0]
     assert layer.poly_nl.w1.weight.requires_grad
@@ -235,7 +233,7 @@ def test_a_step_of_training_fused(tool, here):
     )
 
 
-def test_fused_attention_is_counted(tool):
+def test_fused_attention_is_counted():
     n, c = 16, 8
     layer = torch.nn.MultiheadAttention(c, 2, batch_first=True).eval()
     x = torch.randn(1, n, c)
@@ -243,22 +241,22 @@ def test_fused_attention_is_counted(tool):
     with torch.no_grad():
         fused = torch.nn.functional.scaled_dot_product_attention
         products = 2 * (2 * n * n * c)
-        assert tool['flops'](lambda: fused(q, q, q)) == products
-        assert tool['flops'](lambda: layer(x, x, x)) == products + 8 * n * c**2
+        assert flops(lambda: fused(q, q, q)) == products
+        assert flops(lambda: layer(x, x, x)) == products + 8 * n * c**2
     assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize('name', ['det.py', 'two_stages.py'])
-def test_detectors(tool, here, name):
+def test_detectors(here, name):
     logging.disable(logging.INFO)
-    contender = tool['Contender'](name, [64, 96], 'cpu')
+    contender = model.Contender(name, [64, 96], 'cpu')
     kinds = {type(m).__name__ for m in contender.model.modules()}
     assert 'SyncBatchNorm' not in kinds
     counts = set()
     for _ in range(2):
         forward = contender.call('forward')
         assert not contender.model.training
-        counts.add(tool['flops'](forward))
+        counts.add(flops(forward))
     assert len(counts) == 1
     head = contender.forward()[-1]
     if name == 'two_stages.py':

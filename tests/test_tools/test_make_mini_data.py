@@ -1,15 +1,25 @@
-import importlib.util
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from mini_data import (
+    build,
+    coco,
+    lfw,
+    pictures,
+    sources,
+    wider_face,
+    wider_face_files,
+)
 from scipy.io import loadmat
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'make_mini_data.py'
@@ -28,11 +38,7 @@ ATTRIBUTES = (
 
 @pytest.fixture(scope='session')
 def tool():
-    spec = importlib.util.spec_from_file_location('make_mini_data', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['make_mini_data'] = module
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(TOOL)))
 
 
 @pytest.fixture(scope='session')
@@ -83,14 +89,14 @@ def test_same_seed_same_bytes_in_another_process(wider, tmp_path):
 
 
 def test_other_seed_other_pictures_and_more_pictures_change_none(
-    wider, tool, tmp_path
+    wider, tmp_path
 ):
     names = ['WIDER_train/images/' + name for name in parse(wider, 'train')]
-    tool.wider_face(tmp_path / 'more', 3, dict(train=24, val=2))
+    wider_face.wider_face(tmp_path / 'more', 3, dict(train=24, val=2))
     for name in names:
         same = (tmp_path / 'more' / name).read_bytes()
         assert same == (wider / name).read_bytes()
-    tool.wider_face(tmp_path / 'other', 4, SIZES)
+    wider_face.wider_face(tmp_path / 'other', 4, SIZES)
     # Not only the patches: photographs and all.
     assert set(parse(tmp_path / 'other', 'train')) != set(
         parse(wider, 'train')
@@ -204,49 +210,49 @@ def test_settings_are_nested_by_height_and_count_from_1(wider):
     assert left and all(faces[k][7] or faces[k][3] < 10 for k in left)
 
 
-def test_an_invalid_face_is_in_no_setting(tool):
+def test_an_invalid_face_is_in_no_setting():
     faces = [
-        tool.Face(0, 0, 40, height, 0, 0, 0, invalid, 0, 0)
+        wider_face.Face(0, 0, 40, height, 0, 0, 0, invalid, 0, 0)
         for height, invalid in ((50, 0), (50, 1), (35, 0), (36, 0))
     ]
-    assert tool.kept_of(faces, 36).tolist() == [[1], [4]]
-    assert tool.kept_of(faces[1:2], 36).shape == (0, 1)
+    assert wider_face_files.kept_of(faces, 36).tolist() == [[1], [4]]
+    assert wider_face_files.kept_of(faces[1:2], 36).shape == (0, 1)
 
 
-def test_uint16_indices_where_a_picture_needs_them(tool):
-    face = tool.Face(0, 0, 50, 50, 0, 0, 0, 0, 0, 0)
-    assert tool.kept_of([face] * 255, 36).dtype == np.uint8
-    kept = tool.kept_of([face] * 256, 36)
+def test_uint16_indices_where_a_picture_needs_them():
+    face = wider_face.Face(0, 0, 50, 50, 0, 0, 0, 0, 0, 0)
+    assert wider_face_files.kept_of([face] * 255, 36).dtype == np.uint8
+    kept = wider_face_files.kept_of([face] * 256, 36)
     assert kept.dtype == np.uint16 and kept[-1, 0] == 256
 
 
-def test_train_and_val_share_no_patch_and_no_pixel(tool):
+def test_train_and_val_share_no_patch_and_no_pixel():
     for seed in range(3):
-        train = tool.load_patches('train', seed)
-        val = tool.load_patches('val', seed)
+        train = lfw.load_patches('train', seed)
+        val = lfw.load_patches('val', seed)
         assert len(train.faces) == 75 and len(val.faces) == 25
         for a, b in ((train.faces, val.faces), (train.others, val.others)):
             assert len(a) and len(b)
             assert not {p.tobytes() for p in a} & {p.tobytes() for p in b}
         ids = {*train.face_ids.tolist(), *val.face_ids.tolist()}
         assert ids == set(range(100))
-    for name, photo in tool.PHOTOS.items():
-        file = tool.package_file(photo.package, photo.path)
+    for name, photo in sources.PHOTOS.items():
+        file = sources.package_file(photo.package, photo.path)
         whole = cv2.imread(str(file))
         top = round(photo.window[0] * len(whole))
-        left, right = (tool.load_photo(name, s) for s in SIZES)
+        left, right = (sources.load_photo(name, s) for s in SIZES)
         joined = np.hstack([left, right])
         np.testing.assert_array_equal(joined, whole[top:])
 
 
-def test_faces_come_from_the_patches_of_the_split(tool, monkeypatch, tmp_path):
-    real = tool.load_patches
+def test_faces_come_from_the_patches_of_the_split(monkeypatch, tmp_path):
+    real = lfw.load_patches
     seen = {}
 
     def load(split, seed):
         patches = real(split, seed)
         seen[split] = []
-        return tool.Patches(
+        return lfw.Patches(
             Recorder(patches.faces, seen[split]),
             patches.face_ids,
             patches.others,
@@ -263,65 +269,65 @@ def test_faces_come_from_the_patches_of_the_split(tool, monkeypatch, tmp_path):
             self.log.append(self.faces[k].tobytes())
             return self.faces[k]
 
-    monkeypatch.setattr(tool, 'load_patches', load)
-    tool.wider_face(tmp_path, 5, dict(train=6, val=6))
+    monkeypatch.setattr(wider_face, 'load_patches', load)
+    wider_face.wider_face(tmp_path, 5, dict(train=6, val=6))
     assert seen['train'] and seen['val']
     assert not set(seen['train']) & set(seen['val'])
 
 
 @pytest.mark.parametrize('roll', (0.0, 0.3, -0.9))
 @pytest.mark.parametrize('size', (14.0, 33.3, 70.0))
-def test_box_is_around_what_is_seen(tool, roll, size):
+def test_box_is_around_what_is_seen(roll, size):
     canvas = np.zeros((120, 130, 3), np.float32)
     white = np.ones((25, 25, 3), np.float32)
-    place = tool.stamp(canvas, white, (64.2, 58.7), size, roll)
+    place = pictures.stamp(canvas, white, (64.2, 58.7), size, roll)
     ys, xs = np.nonzero(canvas[..., 0] > 0.35)
     seen = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
     np.testing.assert_allclose(place.box, seen, atol=1.1)
     assert place.area == place.opaque.sum()
 
 
-def test_a_turned_patch_is_turned_clockwise_like_its_oval(tool):
+def test_a_turned_patch_is_turned_clockwise_like_its_oval():
     canvas = np.zeros((100, 100, 3), np.float32)
     patch = np.zeros((25, 25, 3), np.float32)
     patch[:12] = 1  # bright above
-    tool.stamp(canvas, patch, (50, 50), 60, np.pi / 2)
+    pictures.stamp(canvas, patch, (50, 50), 60, np.pi / 2)
     bright = np.nonzero(canvas[..., 0] > 0.5)[1].mean()
     assert bright > 55  # above turned to the right
 
 
-def labels(tool, *placed):
+def labels(*placed):
     """Label white stamps at (x, y, size) that all are faces."""
     canvas = np.zeros((100, 100, 3), np.float32)
     white = np.ones((25, 25, 3), np.float32)
-    stamps = [tool.stamp(canvas, white, p[:2], p[2], 0.0) for p in placed]
+    stamps = [pictures.stamp(canvas, white, p[:2], p[2], 0.0) for p in placed]
     look = [0, 0, 0, 0, None, 0]
-    return tool.wider_faces(stamps, [look] * len(stamps), 100, 100)
+    return wider_face.wider_faces(stamps, [look] * len(stamps), 100, 100)
 
 
-def test_occlusion_is_what_later_stamps_cover(tool):
-    apart = labels(tool, (20, 50, 30), (70, 50, 30))
+def test_occlusion_is_what_later_stamps_cover():
+    apart = labels((20, 50, 30), (70, 50, 30))
     assert [f.occlusion for f in apart] == [0, 0]
-    partly = labels(tool, (40, 50, 40), (62, 50, 30))
+    partly = labels((40, 50, 40), (62, 50, 30))
     assert [f.occlusion for f in partly] == [1, 0]
     # The other way round the large one covers a good part of the small one.
-    heavy = labels(tool, (62, 50, 30), (44, 50, 40))
+    heavy = labels((62, 50, 30), (44, 50, 40))
     assert [(f.occlusion, f.invalid) for f in heavy] == [(2, 0), (0, 0)]
-    hidden = labels(tool, (50, 50, 30), (51, 50, 34))
+    hidden = labels((50, 50, 30), (51, 50, 34))
     assert (hidden[0].occlusion, hidden[0].invalid) == (2, 1)
 
 
-def test_a_face_over_the_edge_is_cut_and_counts_as_occluded(tool):
-    (face,) = labels(tool, (2, 50, 40))
+def test_a_face_over_the_edge_is_cut_and_counts_as_occluded():
+    (face,) = labels((2, 50, 40))
     assert (face.x, face.w) == (0, round(2 + 40 * 0.95 * 0.42))
     assert face.occlusion == 2
-    (face,) = labels(tool, (-5, 50, 40))
+    (face,) = labels((-5, 50, 40))
     assert face.invalid == 1
 
 
-def test_tiny_faces_are_invalid(tool):
-    assert labels(tool, (50, 50, 8))[0].invalid == 1
-    assert labels(tool, (50, 50, 12))[0].invalid == 0
+def test_tiny_faces_are_invalid():
+    assert labels((50, 50, 8))[0].invalid == 1
+    assert labels((50, 50, 12))[0].invalid == 0
 
 
 def test_up_to_date_is_left_alone(wider, tool, capsys):
@@ -343,7 +349,7 @@ def test_other_settings_are_refused(wider, tool, change):
 
 
 def test_an_older_revision_is_refused(wider, tool, monkeypatch):
-    monkeypatch.setattr(tool, 'REVISION', tool.REVISION + 1)
+    monkeypatch.setattr(build, 'REVISION', build.REVISION + 1)
     with pytest.raises(SystemExit, match='made with other settings'):
         tool.main(['wider_face', '--out', str(wider), *ARGS])
 
@@ -377,7 +383,7 @@ def test_a_failure_half_way_leaves_nothing(tool, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(
-        tool.DATASETS, 'wider_face', tool.DataSet(make, 20, 18)
+        build.DATASETS, 'wider_face', build.DataSet(make, 20, 18)
     )
     with pytest.raises(KeyboardInterrupt):
         tool.main(['wider_face', '--out', str(tmp_path / 'out'), *ARGS])
@@ -418,7 +424,7 @@ def test_wrong_arguments(tool, capsys, args, message):
 
 
 def test_a_missing_package_is_named(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, 'find_spec', lambda name: None)
+    monkeypatch.setattr(sources, 'find_spec', lambda name: None)
     with pytest.raises(SystemExit, match='scikit-image is not installed'):
         tool.main(['wider_face', '--out', str(tmp_path / 'out'), *ARGS])
     assert os.listdir(tmp_path) == []
@@ -489,17 +495,17 @@ def test_the_data_set_takes_the_label_files(wider):
         )
 
 
-def test_landmarks_of_the_patches(tool):
-    known = [i for i in range(100) if tool.patch_landmarks(i) is not None]
-    assert len(known) >= 30 and set(known) == set(tool.LANDMARK_CORRECTIONS)
-    assert not tool.COVERED & set(known)
-    points = np.array([tool.patch_landmarks(i) for i in known])
+def test_landmarks_of_the_patches():
+    known = [i for i in range(100) if lfw.patch_landmarks(i) is not None]
+    assert len(known) >= 30 and set(known) == set(lfw.LANDMARK_CORRECTIONS)
+    assert not lfw.COVERED & set(known)
+    points = np.array([lfw.patch_landmarks(i) for i in known])
     assert points.shape == (len(known), 5, 2)
     mean = points.mean(0)
-    np.testing.assert_allclose(mean, tool.LANDMARK_TEMPLATE, atol=0.06)
+    np.testing.assert_allclose(mean, lfw.LANDMARK_TEMPLATE, atol=0.06)
     assert abs(points - mean).max() < 5
     # An eye is darker than what is under it, below it and half a mouth off.
-    file = tool.package_file('skimage', 'data/lfw_subset.npy')
+    file = sources.package_file('skimage', 'data/lfw_subset.npy')
     patches = np.load(file)[:100]
     darker = 0
     for i, (left, right, *_) in zip(known, points):
@@ -511,13 +517,13 @@ def test_landmarks_of_the_patches(tool):
 
 @pytest.mark.parametrize('roll', (0.0, 0.4, -0.9))
 @pytest.mark.parametrize('size', (45.0, 70.3))
-def test_points_go_where_the_pixels_go(tool, roll, size):
+def test_points_go_where_the_pixels_go(roll, size):
     """Points of a patch are drawn into it and found on the canvas."""
     for point in ((6.5, 8.5), (16.5, 9.5), (11.5, 14.5), (8.5, 18.5)):
         patch = np.zeros((25, 25, 3), np.float32)
         patch[int(point[1]), int(point[0])] = 1
         canvas = np.zeros((130, 140, 3), np.float32)
-        place = tool.stamp(canvas, patch, (68.3, 61.8), size, roll)
+        place = pictures.stamp(canvas, patch, (68.3, 61.8), size, roll)
         grey = canvas[..., 0].clip(0)
         ys, xs = np.indices(grey.shape) + 0.5
         centre = ((xs * grey).sum(), (ys * grey).sum()) / grey.sum()
@@ -544,19 +550,21 @@ class Dice:
 
 
 @pytest.mark.parametrize('mirror', (False, True))
-def test_a_mirrored_patch_has_mirrored_points(tool, mirror):
+def test_a_mirrored_patch_has_mirrored_points(mirror):
     ids = np.array([4, 56])
     grey = np.zeros((2, 25, 25), np.float32)
-    points = tool.patch_landmarks(56)
+    points = lfw.patch_landmarks(56)
     for x, y in points:
         grey[1, int(y), int(x)] = 1
-    patches = tool.Patches(grey, ids, grey)
+    patches = lfw.Patches(grey, ids, grey)
     canvas = np.full((50, 50, 3), 0.5, np.float32)
 
     def dress(k):
         dice = Dice(k, mirror)
         dice.choice = lambda options: 0.0
-        return tool.wider_face_pixels(dice, patches, canvas, (25, 25), 25)
+        return wider_face.wider_face_pixels(
+            dice, patches, canvas, (25, 25), 25
+        )
 
     pixels, *_, found = dress(1)
     marked = pixels.sum(2) > pixels.max() / 2
@@ -570,21 +578,21 @@ def test_a_mirrored_patch_has_mirrored_points(tool, mirror):
     assert dress(0)[-1] is None
 
 
-def test_covered_and_cut_off_landmarks_are_occluded(tool):
+def test_covered_and_cut_off_landmarks_are_occluded():
     canvas = np.zeros((100, 100, 3), np.float32)
     white = np.ones((25, 25, 3), np.float32)
-    points = np.array(tool.LANDMARK_TEMPLATE) / 25
-    under = tool.stamp(canvas, white, (40, 50), 40, 0.0)
-    over = tool.stamp(canvas, white, (48, 44), 24, 0.0)
+    points = np.array(lfw.LANDMARK_TEMPLATE) / 25
+    under = pictures.stamp(canvas, white, (40, 50), 40, 0.0)
+    over = pictures.stamp(canvas, white, (48, 44), 24, 0.0)
     look = [0, 0, 0, 0, points, 0]
-    first, second = tool.wider_faces([under, over], [look] * 2, 100, 100)
+    first, second = wider_face.wider_faces([under, over], [look] * 2, 100, 100)
     assert [flag for *_, flag in second.landmarks] == [0] * 5
     assert [flag for *_, flag in first.landmarks] == [0, 1, 0, 0, 0]
-    cut = tool.stamp(canvas, white, (11, 50), 60, 0.0)
-    (face,) = tool.wider_faces([cut], [look], 100, 100)
+    cut = pictures.stamp(canvas, white, (11, 50), 60, 0.0)
+    (face,) = wider_face.wider_faces([cut], [look], 100, 100)
     assert [flag for *_, flag in face.landmarks] == [1, 0, 0, 1, 0]
-    gone = tool.stamp(canvas, white, (-5, 50), 40, 0.0)
-    (face,) = tool.wider_faces([gone], [look], 100, 100)
+    gone = pictures.stamp(canvas, white, (-5, 50), 40, 0.0)
+    (face,) = wider_face.wider_faces([gone], [look], 100, 100)
     assert face.invalid and face.landmarks is None
 
 
@@ -597,7 +605,7 @@ def drawn(tool, tmp_path_factory):
     """Mini COCO, and the layers of each picture in the order of drawing."""
     out = tmp_path_factory.mktemp('made') / 'coco'
     scenes = []
-    background, draw = tool.background, tool.draw_layer
+    background, draw = coco.background, coco.draw_layer
 
     def begin(*args):
         scenes.append([])
@@ -608,8 +616,8 @@ def drawn(tool, tmp_path_factory):
         draw(rng, canvas, layer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tool, 'background', begin)
-        patch.setattr(tool, 'draw_layer', record)
+        patch.setattr(coco, 'background', begin)
+        patch.setattr(coco, 'draw_layer', record)
         tool.main(['coco', '--out', str(out), *COCO_ARGS])
     count = COCO_SIZES['train']
     return out, dict(train=scenes[:count], val=scenes[count:])
@@ -703,12 +711,12 @@ def test_coco_labels_are_those_of_scikit_learn(drawn):
             assert (labels == annotation['category_id'] - 1).all()
 
 
-def test_a_digit_is_upright_and_opaque_where_it_covers_half(tool):
+def test_a_digit_is_upright_and_opaque_where_it_covers_half():
     load = pytest.importorskip('sklearn.datasets').load_digits
-    digits = tool.load_digits('train', 1)
+    digits = coco.load_digits('train', 1)
     dice = Dice(0, False)
     dice.normal = lambda *args: 0.0
-    layer = tool.digit_layer(dice, digits, 5, (50, 40), 40, (80, 100))
+    layer = coco.digit_layer(dice, digits, 5, (50, 40), 40, (80, 100))
     # Centres of the digit's pixels fall on those of the canvas.
     ink = load().images[digits.ids[5]] / 16
     np.testing.assert_allclose(layer.ink[22:62:5, 32:72:5], ink, atol=1e-6)
@@ -716,7 +724,7 @@ def test_a_digit_is_upright_and_opaque_where_it_covers_half(tool):
     assert layer.digit == digits.ids[5]
     layer.ink[:] = 1
     canvas = np.ones((80, 100, 3), np.float32)
-    tool.draw_layer(np.random.default_rng(0), canvas, layer)
+    coco.draw_layer(np.random.default_rng(0), canvas, layer)
     change = (1 - canvas).sum(2)
     share = change / change.max()
     clear = abs(share - 0.5) > 1e-3
@@ -725,18 +733,18 @@ def test_a_digit_is_upright_and_opaque_where_it_covers_half(tool):
     assert 0 < ((share > 0) & (share < 1)).sum() < layer.area, 'soft edge'
 
 
-def test_a_hidden_digit_is_left_out_and_covers_nothing(tool):
+def test_a_hidden_digit_is_left_out_and_covers_nothing():
     def layer(digit, *columns):
         alpha = np.zeros((10, 10), np.float32)
         alpha[:, slice(*columns)] = 1
-        return tool.Layer(digit, 0, alpha, alpha)
+        return coco.Layer(digit, 0, alpha, alpha)
 
-    pairs = tool.seen_layers([layer(0, 0, 6), layer(1, 4, 8), layer(2, 5, 9)])
+    pairs = coco.seen_layers([layer(0, 0, 6), layer(1, 4, 8), layer(2, 5, 9)])
     assert [pair[0].digit for pair in pairs] == [0, 2]
     # Column 4 would be hidden by the one that is not drawn.
     assert pairs[0][1].sum(0).tolist() == [10] * 5 + [0] * 5
-    assert tool.seen_layers([]) == []
-    two = tool.seen_layers([layer(0, 0, 6), layer(1, 4, 8)])
+    assert coco.seen_layers([]) == []
+    two = coco.seen_layers([layer(0, 0, 6), layer(1, 4, 8)])
     assert [int(seen.sum()) for _, seen in two] == [40, 40]
 
 
@@ -748,7 +756,7 @@ def test_coco_sizes_and_contrast_vary(drawn):
     assert len({a['category_id'] for a in annotations}) == 10
 
 
-def test_coco_digits_of_train_are_not_in_val(tool, mini_coco):
+def test_coco_digits_of_train_are_not_in_val(mini_coco):
     used = {
         split: {
             d
@@ -760,7 +768,7 @@ def test_coco_digits_of_train_are_not_in_val(tool, mini_coco):
     assert used['train'] and used['val']
     assert not used['train'] & used['val']
     for seed in range(3):
-        train, val = (tool.load_digits(s, seed) for s in COCO_SIZES)
+        train, val = (coco.load_digits(s, seed) for s in COCO_SIZES)
         assert {*train.ids, *val.ids} == set(range(1797))
         assert not {*train.ids} & {*val.ids}
         # Nor is one in the file twice.
@@ -770,13 +778,13 @@ def test_coco_digits_of_train_are_not_in_val(tool, mini_coco):
         assert {*train.labels} == {*val.labels} == set(range(10))
 
 
-def test_coco_same_seed_same_bytes(mini_coco, tool, tmp_path):
+def test_coco_same_seed_same_bytes(mini_coco, tmp_path):
     done = run('coco', '--out', tmp_path / 'again', *COCO_ARGS)
     assert done.returncode == 0, done.stderr
     made = contents(mini_coco)
     assert contents(tmp_path / 'again') == made
-    tool.coco(tmp_path / 'more', 3, dict(train=26, val=2))
-    tool.coco(tmp_path / 'other', 4, dict(train=24, val=2))
+    coco.coco(tmp_path / 'more', 3, dict(train=26, val=2))
+    coco.coco(tmp_path / 'other', 4, dict(train=24, val=2))
     more, other = contents(tmp_path / 'more'), contents(tmp_path / 'other')
     names = [name for name in made if name.startswith('train2017/')]
     assert all(more[name] == made[name] for name in names)
@@ -797,22 +805,19 @@ def test_coco_refuses_what_is_something_else(wider, mini_coco, tool, tmp_path):
 
 
 def test_coco_names_what_is_missing(tool, tmp_path, monkeypatch):
-    real = tool.find_spec
     out = str(tmp_path / 'out')
-    for package, message in (
-        ('pycocotools', 'pycocotools is not installed'),
-        ('sklearn', 'scikit-learn is not installed; its .*digits.csv.gz'),
+    for module, message in (
+        (coco, 'pycocotools is not installed'),
+        (sources, 'scikit-learn is not installed; its .*digits.csv.gz'),
     ):
-        monkeypatch.setattr(
-            tool,
-            'find_spec',
-            lambda name, lost=package: None if name == lost else real(name),
-        )
+        monkeypatch.undo()
+        monkeypatch.setattr(module, 'find_spec', lambda name: None)
         with pytest.raises(SystemExit, match=message):
             tool.main(['coco', '--out', out, *COCO_ARGS])
     np.savetxt(tmp_path / 'digits.csv', np.zeros((3, 65)), delimiter=',')
+    monkeypatch.undo()
     monkeypatch.setattr(
-        tool, 'package_file', lambda *args: tmp_path / 'digits.csv'
+        coco, 'package_file', lambda *args: tmp_path / 'digits.csv'
     )
     with pytest.raises(SystemExit, match=r'shape \(3, 65\), \(1797, 65\)'):
         tool.main(['coco', '--out', out, *COCO_ARGS])

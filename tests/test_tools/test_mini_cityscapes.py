@@ -1,16 +1,18 @@
 """Mini Cityscapes, looked at through its files and by independent means."""
 
-import importlib.util
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from mini_data import cityscapes
 from scipy.ndimage import distance_transform_cdt
 
 pytest.importorskip('cityscapesscripts')
@@ -43,11 +45,7 @@ TWINS = {0: 1, 2: 3, 8: 9}
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('make_mini_city', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['make_mini_city'] = module
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(TOOL)))
 
 
 @pytest.fixture(scope='module')
@@ -99,13 +97,13 @@ def test_same_seed_same_bytes_in_another_process(city, tmp_path):
 
 
 def test_other_seed_other_streets_and_more_pictures_change_none(
-    city, tool, tmp_path
+    city, tmp_path
 ):
-    tool.cityscapes(tmp_path / 'few', 3, dict(train=3, val=2))
+    cityscapes.cityscapes(tmp_path / 'few', 3, dict(train=3, val=2))
     few = contents(tmp_path / 'few')
     assert len(stems(tmp_path / 'few', 'train')) == 3
     assert all((city / name).read_bytes() == few[name] for name in few)
-    tool.cityscapes(tmp_path / 'other', 4, dict(train=3, val=2))
+    cityscapes.cityscapes(tmp_path / 'other', 4, dict(train=3, val=2))
     other = contents(tmp_path / 'other')
     # The same names, as the release's, but nothing else.
     assert other.keys() == few.keys()
@@ -179,17 +177,17 @@ def test_label_maps_are_the_polygons(city, split):
         assert read(f'{prefix}color.png').shape == (*shape, 4)
 
 
-def test_a_picture_ends_where_its_label_does(tool, tmp_path):
+def test_a_picture_ends_where_its_label_does(tmp_path):
     """Streets of plain colours: from every colour follows the label."""
     levels = [(b, g, r) for b in (0, 1, 2) for g in (0, 1, 2) for r in (0, 1)]
-    names = list(tool.CITY_MATERIALS)
+    names = list(cityscapes.CITY_MATERIALS)
     photos = {
         name: [np.full((90, 80, 3), np.uint8((0, 80, 240))[[*code]])]
         for name, code in zip(names, levels[1:])
     }
-    convert = tool.city_converters()
+    convert = cityscapes.city_converters()
     for seed in range(6):
-        twins = tool.city_scene(np.random.default_rng(seed), photos)
+        twins = cityscapes.city_scene(np.random.default_rng(seed), photos)
         for kind, (image, objects) in enumerate(twins):
             text = json.dumps(
                 dict(imgHeight=128, imgWidth=256, objects=objects)
@@ -200,7 +198,7 @@ def test_a_picture_ends_where_its_label_does(tool, tmp_path):
             # Light changes the levels, but never beyond these limits.
             code = np.digitize(image, (25, 128)) @ (100, 10, 1)
             for name, level in zip(names, levels[1:]):
-                label = tool.CITY_PAIRS.get(name, (name, name))[kind]
+                label = cityscapes.CITY_PAIRS.get(name, (name, name))[kind]
                 here = code == np.dot(level, (100, 10, 1))
                 np.testing.assert_array_equal(here, ids == IDS[label][0])
 
@@ -343,7 +341,7 @@ def test_one_answer_for_both_frames_is_at_most_a_third(city):
 
 
 def test_a_missing_package_is_named(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, 'find_spec', lambda name: None)
+    monkeypatch.setattr(cityscapes, 'find_spec', lambda name: None)
     with pytest.raises(SystemExit, match='cityscapesscripts is not installed'):
         tool.main(['cityscapes', '--out', str(tmp_path / 'out'), *ARGS])
     assert not list(tmp_path.iterdir())
