@@ -7,6 +7,7 @@ All of the mathematics is in this package, and it needs only torch:
   five steps that both take;
 - ``moments``: what touches every position, and its gradient;
 - ``gate``: the C x C algebra, and its gradient;
+- ``autograd``: both together, as the two steps that autograd is told of;
 - ``choice``: what each form costs, and which is taken;
 - ``precision``: what depends on torch's version or mode.
 
@@ -140,23 +141,14 @@ input's dtype.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .autograd import apply_gate, gate_of, project
 from .choice import BEHIND, ON_X, choose_for
-from .gate import (
-    Conv,
-    Params,
-    fold,
-    gate_of_moments,
-    gate_of_projections,
-    gated,
-    project,
-)
-from .moments import mix, moments
+from .gate import Conv, Params, gate_of_projections, gated
 from .precision import (
     HALF,
     autocast_dtype,
@@ -266,7 +258,7 @@ def _poly_nl(x, conv, p, form, pool, weights):
         raise ValueError(f'form must be one of {FORMS}, got {form!r}')
     x, conv, p = _prepare(x, conv, p)
     weights = _normalised(weights, x)
-    n, behind = math.prod(x.shape[2:]), conv is not None
+    behind = conv is not None
     if form == 'auto':
         forms, c = (BEHIND, x.shape[1]) if behind else (ON_X, None)
         backward = wants_grad(x, *(conv or ()), *p)
@@ -275,16 +267,14 @@ def _poly_nl(x, conv, p, form, pool, weights):
         if form == 'direct':
             g = gate_of_projections(x, p, weights)
         else:
-            mean = p.b1 is not None
-            s, m, x = moments(x, weights, mean, centred=behind)
-            g = gate_of_moments(s, m, p, n, centred=behind)
+            g, x = gate_of(x, p, weights, centred=behind)
         if weights is not None:
             g = g * (weights.flatten(1).sum(1, keepdim=True) > 0)
         if pool is not None:
             g = _pooled(g, pool)
         if form == 'direct':
             return gated(convolution(x, *conv) if behind else x, g, p)
-        return mix(*fold(g, p, conv), x)
+        return apply_gate(g, p, conv, x)
 
 
 def _pooled(g: Tensor, pool: Pool) -> Tensor:
@@ -331,26 +321,24 @@ def _prepare(x, conv, p):
     _check(x, conv, p)
     x = x.to(autocast_dtype(x))
     dtype = float_dtype(x.dtype)
-    b1, b2 = p.b1, p.b2
-    if (b1 is None) != (b2 is None):
-        b1 = p.w1.new_zeros(len(p.w1)) if b1 is None else b1
-        b2 = p.w2.new_zeros(len(p.w2)) if b2 is None else b2
+
+    def cast(t):
+        return t if t is None or t.dtype == dtype else t.to(dtype)
 
     def scalar(v):
-        if isinstance(v, Tensor):
-            return v.to(dtype).reshape(1)
-        return x.new_full((1,), v, dtype=dtype)
+        if not isinstance(v, Tensor):
+            return x.new_full((1,), v, dtype=dtype)
+        return cast(v if v.dim() == 1 else v.reshape(1))
 
-    conv = None if conv is None else Conv(*(t.to(dtype) for t in conv))
-    return (
-        x,
-        conv,
-        Params(
-            *(w.to(dtype) for w in p[:3]),
-            *(scalar(v) for v in p[3:5]),
-            *(None if b is None else b.to(dtype) for b in (b1, b2, p.b3)),
-        ),
+    w1, w2, w3, alpha, beta, b1, b2, b3 = p
+    if (b1 is None) != (b2 is None):
+        b1 = w1.new_zeros(len(w1)) if b1 is None else b1
+        b2 = w2.new_zeros(len(w2)) if b2 is None else b2
+    p = Params(
+        *(cast(w1), cast(w2), cast(w3), scalar(alpha), scalar(beta)),
+        *(cast(b1), cast(b2), cast(b3)),
     )
+    return x, conv and Conv(cast(conv.a), cast(conv.b)), p
 
 
 def _check(x: Tensor, conv: Conv | None, p: Params) -> None:
@@ -361,35 +349,40 @@ def _check(x: Tensor, conv: Conv | None, p: Params) -> None:
         )
     if x.dtype not in (*HALF, torch.float32, torch.float64):
         raise ValueError(f'x must be floating point, got {x.dtype}')
-    a, b = (None, None) if conv is None else conv
     narrow = x.shape[1]
+    a, b = conv or (None, None)
     c = len(a) if isinstance(a, Tensor) and a.dim() else narrow
-    autocast = is_autocast_on(x.device.type)
-    vector, optional = (c,), ('b1', 'b2', 'b3')
-    shapes = dict(w1=(c, narrow), w2=(c, narrow), w3=(c, c))
-    shapes.update(alpha=None, beta=None, b1=vector, b2=vector, b3=vector)
-    tensors = p._asdict()
+    wide, square, vector = (c, narrow), (c, c), (c,)
     if conv is not None:
-        shapes, optional = {'a': (c, narrow), 'b': vector, **shapes}, ('b3',)
-        tensors = {'a': a, 'b': b, **tensors}
-    for name, t in tensors.items():
-        shape = shapes[name]
-        if not isinstance(t, Tensor):
-            allowed = (type(None),) if name in optional else ()
-            if not isinstance(t, allowed if shape else (int, float)):
-                raise ValueError(f'{name} must be a tensor, got {t!r}')
-            continue
-        if t.dtype != x.dtype and not autocast:
-            raise ValueError(
-                f'{name} has dtype {t.dtype} but x has {x.dtype}; only under '
-                'autocast may they differ'
-            )
-        if shape and tuple(t.shape) != shape:
-            raise ValueError(
-                f'{name} must have shape {shape} for x with {narrow} '
-                f'channels, got {tuple(t.shape)}'
-            )
-        if not shape and t.numel() != 1:
-            raise ValueError(
-                f'{name} must have one element, got shape {tuple(t.shape)}'
-            )
+        _check_tensor('a', a, wide, x)
+        _check_tensor('b', b, vector, x)
+    _check_tensor('w1', p.w1, wide, x)
+    _check_tensor('w2', p.w2, wide, x)
+    _check_tensor('w3', p.w3, square, x)
+    for name, v in (('alpha', p.alpha), ('beta', p.beta)):
+        if not isinstance(v, (int, float)):
+            _check_tensor(name, v, None, x)
+    for name, v in (('b1', p.b1), ('b2', p.b2), ('b3', p.b3)):
+        if v is not None or (conv is not None and name != 'b3'):
+            _check_tensor(name, v, vector, x)
+
+
+def _check_tensor(
+    name: str, t: Tensor, shape: tuple | None, x: Tensor
+) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f'{name} must be a tensor, got {t!r}')
+    if t.dtype != x.dtype and not is_autocast_on(x.device.type):
+        raise ValueError(
+            f'{name} has dtype {t.dtype} but x has {x.dtype}; only under '
+            'autocast may they differ'
+        )
+    if shape and t.shape != shape:
+        raise ValueError(
+            f'{name} must have shape {shape} for x with {x.shape[1]} '
+            f'channels, got {tuple(t.shape)}'
+        )
+    if not shape and t.numel() != 1:
+        raise ValueError(
+            f'{name} must have one element, got shape {tuple(t.shape)}'
+        )

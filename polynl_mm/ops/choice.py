@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -99,18 +100,22 @@ def cost(form: Form, c: int | None, out: int, backward: bool) -> Cost:
             convolutions=steps * (3 * out * c + out**2),
             algebra=6 * out**2 * c if backward else 0,
             temporaries=(18 if backward else 7) * out,
-            launches=47 if backward else 10,
+            launches=43 if backward else 10,
         )
     else:
         found = Cost(
             products=steps * out * c + (2 if backward else 1) * c**2,
             algebra=steps * out * c**2 + (9 if backward else 1) * out**2 * c,
-            launches=103 if backward else 24,
+            launches=93 if backward else 23,
         )
     if c is not None and not form.behind:
         convolutions = found.convolutions + steps * out * c
         found = found._replace(convolutions=convolutions)
     return found
+
+
+# A layer asks the same at every call.
+_cost = lru_cache(cost)
 
 
 class Rate(NamedTuple):
@@ -177,7 +182,7 @@ def choose(
     rate = rate or _CPU
 
     def time(form):
-        found = cost(form, c, out, backward)
+        found = _cost(form, c, out, backward)
         position = (
             found.convolutions * rate.convolution
             + found.products * rate.product

@@ -1,9 +1,9 @@
 """The C x C algebra: from moments or projections to the gate, and from the
 gate to a matrix and a column per image.
 
-All of it is small beside what touches every position, and at least float32.
-The gradients of both steps are written out here, once, for the layer on X and
-for the layer behind a convolution.
+All of it is small beside what touches every position, and at least float32. A
+function whose name ends in ``_adjoint`` is the gradient of the one before it,
+in the order of its arguments, with None for what is not needed.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from torch import Tensor
 
 from .precision import (
     HALF,
-    add_,
+    add_matmul,
+    add_mul,
     add_to_diagonal,
     convolution,
     matmul,
     mul_,
-    no_autocast,
-    refuse_second_derivative,
     transposed,
-    wants_grad,
 )
 
 __all__ = [
     'Conv',
     'Params',
     'fold',
+    'fold_adjoint',
+    'gate_adjoint',
     'gate_of_moments',
     'gate_of_projections',
     'gated',
-    'project',
+    'projected',
+    'projected_adjoint',
 ]
 
 
@@ -46,7 +47,8 @@ class Params(NamedTuple):
 
     Shape:
         - w1, w2, w3: (C, C), indexed (out, in); w1 and w2 are (C, c) where
-          :func:`project` made them those of a convolution's input.
+          :func:`polynl_mm.ops.project` made them those of the input of a
+          convolution.
         - alpha, beta: one element, or a Python number.
         - b1, b2, b3: (C,) or None.
     """
@@ -68,27 +70,35 @@ class Conv(NamedTuple):
     b: Tensor
 
 
-def project(conv: Conv, p: Params) -> Params:
-    """Make the first two convolutions those of H, where X = A H + b.
+# ----------------------------------------------------------------- the gate
 
-    Returns:
-        Params: ``p`` with P1 (C, c), P2 (C, c), p1 (C,), p2 (C,) of the
-        package's description in the places of w1, w2, b1, b2.
-    """
-    with no_autocast(conv.a):
-        p1, p2 = (matmul(w, conv.a) for w in (p.w1, p.w2))
-        q1, q2 = (
-            matmul(w, conv.b.unsqueeze(1)).squeeze(1) for w in (p.w1, p.w2)
-        )
-    return p._replace(
-        w1=p1,
-        w2=p2,
-        b1=q1 if p.b1 is None else q1 + p.b1,
-        b2=q2 if p.b2 is None else q2 + p.b2,
+
+def projected(
+    w1: Tensor, w2: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, ...]:
+    """W1 A, W2 A (C, c) and W1 b, W2 b (C,)."""
+    column = b.unsqueeze(1)
+    return (
+        matmul(w1, a),
+        matmul(w2, a),
+        matmul(w1, column).squeeze(1),
+        matmul(w2, column).squeeze(1),
     )
 
 
-# ----------------------------------------------------------------- the gate
+def projected_adjoint(dp1, dp2, dq1, dq2, w1, w2, a, b, need):
+    """Gradients of w1, w2, a and b. They have gradients themselves."""
+    dw1 = dw2 = da = db = None
+    if need[0]:
+        dw1 = add_mul(matmul(dp1, transposed(a)), dq1.unsqueeze(1), b)
+    if need[1]:
+        dw2 = add_mul(matmul(dp2, transposed(a)), dq2.unsqueeze(1), b)
+    if need[2]:
+        da = add_matmul(matmul(transposed(w1), dp1), transposed(w2), dp2)
+    if need[3]:
+        dq1, dq2 = dq1.unsqueeze(0), dq2.unsqueeze(0)
+        db = add_matmul(matmul(dq1, w1), dq2, w2).squeeze(0)
+    return dw1, dw2, da, db
 
 
 def gate_of_projections(
@@ -101,22 +111,26 @@ def gate_of_projections(
 
 
 def gate_of_moments(
-    s: Tensor, m: Tensor | None, p: Params, n: int, centred: bool
-) -> Tensor:
-    """The gate (B, C) from the moments of n positions.
+    s: Tensor,
+    m: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    n: int,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gate from the moments of n positions.
 
     Args:
         s (Tensor): (B, c, c), n times the second moment, about the mean if
             ``centred``.
-        m (Tensor, optional): (B, c), the mean; None where p has no biases.
+        m (Tensor, optional): (B, c), the mean; None where there are no biases.
+        w1, w2, b1, b2: Of :class:`Params`.
+
+    Returns:
+        tuple: the gate (B, C), and W1 S (B, C, c), which its gradient takes.
     """
-    args = (s, m, p.w1, p.w2, p.b1, p.b2)
-    if wants_grad(*args):
-        return _Gate.apply(*args, n, centred)
-    return _gate(*args, n, centred)[0]
-
-
-def _gate(s, m, w1, w2, b1, b2, n, centred):
     w1s = matmul(w1, s)
     g = (w1s * w2).sum(2) / n
     if m is not None:
@@ -125,43 +139,30 @@ def _gate(s, m, w1, w2, b1, b2, n, centred):
     return g, w1s
 
 
-class _Gate(torch.autograd.Function):
-    """:func:`gate_of_moments`, with the gradient of the description."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        g, w1s = _gate(*args)
-        ctx.save_for_backward(*args[:6], w1s)
-        ctx.n, ctx.centred = args[6:]
-        return g
-
-    @staticmethod
-    def backward(ctx, dg):
-        refuse_second_derivative()
-        s, m, w1, w2, b1, b2, w1s = ctx.saved_tensors
-        need_s, need_m, need_w1, need_w2 = ctx.needs_input_grad[:4]
-        rows = (dg / ctx.n).unsqueeze(2)
-        ds = dm = dw1 = dw2 = db1 = db2 = None
-        with no_autocast(dg):
-            if need_s:
-                ds = matmul(transposed(w1), w2 * rows)
-            if need_w1:
-                dw1 = _sum_images(mul_(matmul(w2, s), rows))
-            if need_w2:
-                dw2 = _sum_images(w1s * rows)
-            if m is not None:
-                du = dg * (matmul(m, transposed(w2)) + b2)
-                dv = dg * (matmul(m, transposed(w1)) + b1)
-                db1, db2 = du.sum(0), dv.sum(0)
-                if not ctx.centred:
-                    du, dv = dg * b2, dg * b1
-                if need_m:
-                    dm = matmul(du, w1) + matmul(dv, w2)
-                if need_w1:
-                    dw1 = add_(dw1, matmul(transposed(du), m))
-                if need_w2:
-                    dw2 = add_(dw2, matmul(transposed(dv), m))
-        return ds, dm, dw1, dw2, db1, db2, None, None
+def gate_adjoint(dg, w1s, s, m, w1, w2, b1, b2, n, centred, need):
+    """Gradients of s, m, w1, w2, b1 and b2; of the last two always."""
+    need_s, need_w1, need_w2 = need
+    ds = dm = dw1 = dw2 = db1 = db2 = None
+    rows = (dg / n).unsqueeze(2)
+    if need_s:
+        ds = matmul(transposed(w1), w2 * rows)
+    if need_w1:
+        dw1 = _sum_images(mul_(matmul(w2, s), rows))
+    if need_w2:
+        dw2 = _sum_images(w1s * rows)
+    if m is not None:
+        du = dg * (matmul(m, transposed(w2)) + b2)
+        dv = dg * (matmul(m, transposed(w1)) + b1)
+        db1, db2 = du.sum(0), dv.sum(0)
+        if not centred:
+            du, dv = dg * b2, dg * b1
+        if need_s:
+            dm = add_matmul(matmul(du, w1), dv, w2)
+        if need_w1:
+            dw1 = add_matmul(dw1, transposed(du), m)
+        if need_w2:
+            dw2 = add_matmul(dw2, transposed(dv), m)
+    return ds, dm, dw1, dw2, db1, db2
 
 
 # ------------------------------------------------- the layer, its gate known
@@ -184,86 +185,69 @@ def gated(x: Tensor, g: Tensor, p: Params) -> Tensor:
 
 
 def fold(
-    g: Tensor, p: Params, conv: Conv | None = None
+    g: Tensor,
+    w3: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    b3: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The layer, and the convolution before it, as an affine map.
 
     Args:
         g (Tensor): (B, C), the gate.
-        conv (Conv, optional): The convolution before.
+        w3, alpha, beta, b3: Of :class:`Params`.
+        a, b: Of the convolution before, :class:`Conv`, or None.
 
     Returns:
-        tuple: matrix (B, C, c), c = C without ``conv``, and column (B, C) or
-        None: Y = matrix H + column at every position.
+        tuple: matrix (B, C, c), c = C without a convolution, and column
+        (B, C) or None: Y = matrix H + column at every position.
     """
-    args = (g, p.w3, p.alpha, p.beta, p.b3, *(conv or (None, None)))
-    return _Fold.apply(*args) if wants_grad(*args) else _folded(*args)
-
-
-def _folded(g, w3, alpha, beta, b3, a, b):
     gain = beta * g
     column = None if b3 is None else (beta * b3).expand_as(g)
     if a is None:
         return add_to_diagonal(w3 * gain.unsqueeze(1), alpha), column
-    matrix = alpha * a + matmul(w3, gain.unsqueeze(2) * a)
+    matrix = add_mul(matmul(w3, gain.unsqueeze(2) * a), a, alpha)
     shift = alpha * b + matmul(gain * b, transposed(w3))
     return matrix, shift if column is None else shift + column
 
 
-class _Fold(torch.autograd.Function):
-    """:func:`fold`, with the gradient of the description."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_backward(*args)
-        ctx.set_materialize_grads(False)
-        return _folded(*args)
-
-    @staticmethod
-    def backward(ctx, dmatrix, dcolumn):
-        refuse_second_derivative()
-        g, w3, alpha, beta, b3, a, b = ctx.saved_tensors
-        need_g, need_w3, need_alpha, need_beta, _, need_a, need_b = (
-            ctx.needs_input_grad
-        )
-        gain, need_gain = beta * g, need_g or need_beta
-        dgain = dg = dw3 = dalpha = dbeta = db3 = da = db = None
-        with no_autocast(g):
-            if a is None:
-                if need_gain:
-                    dgain = (dmatrix * w3).sum(1)
-                if need_alpha:
-                    dalpha = dmatrix.diagonal(dim1=1, dim2=2).sum()
-                if need_w3:
-                    # In place, for mix has made it and nobody else seen it.
-                    dw3 = _sum_images(mul_(dmatrix, gain.unsqueeze(1)))
-            else:
-                if need_w3:
-                    behind = transposed(gain.unsqueeze(2) * a)
-                    dw3 = _sum_images(matmul(dmatrix, behind))
-                    dw3 = add_(dw3, matmul(transposed(dcolumn), gain * b))
-                if need_alpha:
-                    dalpha = (dmatrix * a).sum() + (dcolumn * b).sum()
-                if need_gain or need_a or need_b:
-                    back = matmul(transposed(w3), dmatrix)
-                    shift = matmul(dcolumn, w3)
-                    dgain = (back * a).sum(2) + shift * b
-                if need_a:
-                    back = mul_(back, gain.unsqueeze(2))
-                    da = _sum_images(add_(back, alpha * dmatrix))
-                if need_b:
-                    db = (gain * shift + alpha * dcolumn).sum(0)
-            if need_gain:
-                dg, dbeta = beta * dgain, (g * dgain).sum()
-            if b3 is not None:
-                total = dcolumn.sum(0)
-                db3 = beta * total
-                dbeta = dbeta + (b3 * total).sum() if need_beta else None
-        return dg, dw3, _one(dalpha), _one(dbeta), db3, da, db
-
-
-def _one(scalar: Tensor | None) -> Tensor | None:
-    return None if scalar is None else scalar.reshape(1)
+def fold_adjoint(dmatrix, dcolumn, g, w3, alpha, beta, b3, a, b, need):
+    """Gradients of the arguments of :func:`fold`; overwrites dmatrix."""
+    need_g, need_w3, need_alpha, need_beta, _, need_a, need_b = need
+    gain, need_gain = beta * g, need_g or need_beta
+    dgain = dg = dw3 = dalpha = dbeta = db3 = da = db = None
+    if a is None:
+        if need_gain:
+            dgain = (dmatrix * w3).sum(1)
+        if need_alpha:
+            dalpha = dmatrix.diagonal(dim1=1, dim2=2).sum().reshape(1)
+        if need_w3:
+            dw3 = _sum_images(mul_(dmatrix, gain.unsqueeze(1)))
+    else:
+        if need_w3:
+            behind = transposed(gain.unsqueeze(2) * a)
+            dw3 = _sum_images(matmul(dmatrix, behind))
+            dw3 = add_matmul(dw3, transposed(dcolumn), gain * b)
+        if need_alpha:
+            dalpha = ((dmatrix * a).sum() + (dcolumn * b).sum()).reshape(1)
+        if need_gain or need_a or need_b:
+            back = matmul(transposed(w3), dmatrix)
+            shift = matmul(dcolumn, w3)
+            dgain = (back * a).sum(2) + shift * b
+        if need_a:
+            back = mul_(back, gain.unsqueeze(2))
+            da = _sum_images(add_mul(back, dmatrix, alpha))
+        if need_b:
+            db = (gain * shift + alpha * dcolumn).sum(0)
+    if need_gain:
+        dg, dbeta = beta * dgain, (g * dgain).sum().reshape(1)
+    if b3 is not None:
+        total = dcolumn.sum(0)
+        db3 = beta * total
+        dbeta = dbeta + (b3 * total).sum() if need_beta else None
+    return dg, dw3, dalpha, dbeta, db3, da, db
 
 
 def _sum_images(t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What touches every position: second moments of X, and a matrix times X.
 
-These two carry all the work that grows with N. For their gradients they keep
-X and nothing else of its size.
+These carry all the work that grows with N. A function whose name ends in
+``_adjoint`` is the gradient of the one before it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,19 @@ from .precision import (
     float_dtype,
     is_recorded,
     matmul,
+    matmul_as_is,
     matmul_into,
-    no_autocast,
-    refuse_second_derivative,
     transposed,
-    wants_grad,
 )
 
-__all__ = ['mix', 'moments', 'per_channel']
+__all__ = ['mix', 'mix_adjoint', 'moments_adjoint', 'moments_of']
 
 _MIN_PANEL = 128
 
 
-def moments(
-    x: Tensor,
-    weights: Tensor | None = None,
-    mean: bool = False,
-    centred: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def moments_of(
+    x: Tensor, weights: Tensor | None, mean: bool, centred: bool
+) -> tuple[Tensor, Tensor | None]:
     """The second moment and the mean of the positions of an image.
 
     Args:
@@ -47,39 +42,40 @@ def moments(
 
     Returns:
         tuple: N times the second moment (B, C, C), and the mean (B, C) or
-        None, at least in float32. And X, to go on with: its own gradient is
-        added in place to what comes back through it.
+        None, at least in float32.
     """
-    if wants_grad(x):
-        return _Moments.apply(x, weights, mean, centred)
-    return _moments(x, weights, mean, centred)
+    z, m = x, None
+    if mean:
+        sized = x if weights is None else x * weights
+        m = sized.flatten(2).mean(2, dtype=float_dtype(x.dtype))
+    if centred:
+        z = (x - m.reshape(*m.shape, *(1,) * (x.dim() - 2))).to(x.dtype)
+    if weights is not None:
+        z = _counted(z, weights.sqrt())
+    return _times_own_transpose(z.flatten(2)), m
 
 
-class _Moments(torch.autograd.Function):
-    """:func:`moments`; dX is (dS + dS^T) (X - m) + dm / N, times weights."""
+def moments_adjoint(
+    ds: Tensor,
+    dm: Tensor | None,
+    x: Tensor,
+    weights: Tensor | None,
+    centre: Tensor | None,
+    dx: Tensor | None,
+) -> Tensor:
+    """(dS + dS^T) (X - m) + dm / N, times weights; added to dx, in place.
 
-    @staticmethod
-    def forward(ctx, x, weights, mean, centred):
-        s, m, _ = _moments(x, weights, mean, centred)
-        ctx.save_for_backward(x, weights, m if centred else None)
-        ctx.set_materialize_grads(False)
-        return s, m, x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, ds, dm, dx):
-        refuse_second_derivative()
-        x, weights, m = ctx.saved_tensors
-        column = None if dm is None else dm / _count(x)
-        with no_autocast(x):
-            if ds is not None:
-                ds = ds + transposed(ds)
-                dx = _mix(ds, _counted(x, weights), onto=dx)
-            if ds is not None and m is not None:
-                shift = matmul(ds, m.unsqueeze(2)).squeeze(2)
-                column = -shift if column is None else column - shift
-            if column is not None:
-                dx = add_(dx, _counted(per_channel(column, x), weights))
-        return dx, None, None, None
+    ``centre`` is the mean where S is about it.
+    """
+    column = None if dm is None else dm / math.prod(x.shape[2:])
+    ds = ds + transposed(ds)
+    dx = _mix(ds, _counted(x, weights), onto=dx)
+    if centre is not None:
+        shift = matmul(ds, centre.unsqueeze(2)).squeeze(2)
+        column = -shift if column is None else column - shift
+    if column is not None:
+        dx = add_(dx, _counted(_per_channel(column, x), weights))
+    return dx
 
 
 def mix(matrix: Tensor, column: Tensor | None, x: Tensor) -> Tensor:
@@ -95,55 +91,29 @@ def mix(matrix: Tensor, column: Tensor | None, x: Tensor) -> Tensor:
         ``x``. It owns its memory: host blocks add to it in place, which
         autograd forbids on a view that a function or a checkpoint returns.
     """
-    if wants_grad(matrix, column, x):
-        return _Mix.apply(matrix, column, x)
-    return _mixed(matrix, column, x)
+    y = _mix(matrix, x)
+    return y if column is None else add_(y, _per_channel(column, y))
 
 
-class _Mix(torch.autograd.Function):
-    """:func:`mix`; dM is dY X^T, and dX is M^T dY."""
-
-    @staticmethod
-    def forward(ctx, matrix, column, x):
-        ctx.save_for_backward(matrix, x)
-        return _mixed(matrix, column, x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        refuse_second_derivative()
-        (matrix, x), need = ctx.saved_tensors, ctx.needs_input_grad
-        dyf = dy.flatten(2)
-        with no_autocast(x):
-            return (
-                matmul(dyf, transposed(x.flatten(2))) if need[0] else None,
-                dyf.sum(2, dtype=matrix.dtype) if need[1] else None,
-                _mix(transposed(matrix), dy, like=x) if need[2] else None,
-            )
+def mix_adjoint(
+    dy: Tensor, matrix: Tensor, x: Tensor, need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """dY X^T, the sum of dY over positions, and M^T dY; None if not needed."""
+    dyf = dy.flatten(2)
+    return (
+        matmul(dyf, transposed(x.flatten(2))) if need[0] else None,
+        dyf.sum(2, dtype=matrix.dtype) if need[1] else None,
+        _mix(transposed(matrix), dy, like=x) if need[2] else None,
+    )
 
 
-def per_channel(v: Tensor, x: Tensor) -> Tensor:
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
     """(B, C) values as a tensor that broadcasts over the positions of x."""
     return v.to(x.dtype).reshape(*v.shape, *(1,) * (x.dim() - 2))
 
 
-def _count(x: Tensor) -> int:
-    return math.prod(x.shape[2:])
-
-
 def _counted(x: Tensor, weights: Tensor | None) -> Tensor:
     return x if weights is None else (x * weights).to(x.dtype)
-
-
-def _moments(x, weights, mean, centred):
-    z, m = x, None
-    if mean:
-        sized = x if weights is None else x * weights
-        m = sized.flatten(2).mean(2, dtype=float_dtype(x.dtype))
-    if centred:
-        z = (x - m.reshape(*m.shape, *(1,) * (x.dim() - 2))).to(x.dtype)
-    if weights is not None:
-        z = _counted(z, weights.sqrt())
-    return _times_own_transpose(z.flatten(2)), m, x
 
 
 def _times_own_transpose(xf: Tensor) -> Tensor:
@@ -165,11 +135,6 @@ def _times_own_transpose(xf: Tensor) -> Tensor:
     return s
 
 
-def _mixed(matrix, column, x):
-    y = _mix(matrix, x)
-    return y if column is None else add_(y, per_channel(column, y))
-
-
 def _mix(
     matrix: Tensor,
     x: Tensor,
@@ -183,7 +148,7 @@ def _mix(
     """
     matrix, xf, c = matrix.to(x.dtype), x.flatten(2), matrix.shape[1]
     if is_recorded():
-        y = torch.matmul(matrix, xf).view(x.shape[0], c, *x.shape[2:])
+        y = matmul_as_is(matrix, xf).view(x.shape[0], c, *x.shape[2:])
         # A copy owns its memory, too; compilers remove it where they can.
         y = y if torch.jit.is_tracing() else y.clone()
         return y if onto is None else onto + y

@@ -34,9 +34,6 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The product of two matrices, at least in float32.
 
-    Its gradient runs in the same precision, also where it is taken under
-    autocast.
-
     Args:
         a (Tensor): (B, m, k), or (m, k) for every b.
         b (Tensor): (B, k, n), or (k, n) where a is (m, k).
@@ -44,8 +41,6 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Tensor: (B, m, n) or (m, n).
     """
-    if wants_grad(a, b):
-        return _Product.apply(a, b)
     if b.dim() == 2:
         return torch.mm(a, b)
     if a.dim() == 2:
@@ -57,35 +52,26 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-class _Product(torch.autograd.Function):
-    """:func:`matmul` of float32 or float64."""
-
-    @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
-        return matmul(a, b)
-
-    @staticmethod
-    def backward(ctx, dy):
-        a, b = ctx.saved_tensors
-        with no_autocast(dy):
-            da = db = None
-            if ctx.needs_input_grad[0]:
-                da = matmul(dy, transposed(b))
-                da = da.sum(0) if da.dim() > a.dim() else da
-            if ctx.needs_input_grad[1]:
-                db = matmul(transposed(a), dy)
-        return da, db
+def matmul_as_is(a: Tensor, b: Tensor) -> Tensor:
+    """The product of a (B, m, k) and b (B, k, n), in their dtype."""
+    return torch.matmul(a, b)
 
 
 def matmul_into(y: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
-    """The product of a (B, m, k) and b (B, k, n), in their dtype, in y.
+    """:func:`matmul_as_is`, written to y.
 
     Args:
         y (Tensor): (B, m, n), overwritten.
         add (bool): Add the product to what is in y.
     """
     return torch.baddbmm(y, a, b, beta=1 if add else 0, out=y)
+
+
+def add_matmul(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + a b of two-dimensional matrices, in y if it may be overwritten."""
+    if _is_kept(y, a, b):
+        return y + a @ b
+    return torch.addmm(y, a, b, out=y)
 
 
 def convolution(z: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -106,14 +92,24 @@ def transposed(matrices: Tensor) -> Tensor:
     return matrices.transpose(-2, -1)
 
 
+def _is_kept(*tensors: Tensor) -> bool:
+    """Whether a program or the gradient of a gradient needs what there is."""
+    return is_recorded() or wants_grad(*tensors)
+
+
 def add_(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, in x but for a program."""
-    return x + y if is_recorded() else x.add_(y)
+    """x + y, in x if it may be overwritten."""
+    return x + y if _is_kept(x, y) else x.add_(y)
 
 
 def mul_(x: Tensor, y: Tensor) -> Tensor:
-    """x * y, in x but for a program."""
-    return x * y if is_recorded() else x.mul_(y)
+    """x * y, in x if it may be overwritten."""
+    return x * y if _is_kept(x, y) else x.mul_(y)
+
+
+def add_mul(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x + y * z, in x if it may be overwritten."""
+    return x + y * z if _is_kept(x, y, z) else x.addcmul_(y, z)
 
 
 def add_to_diagonal(matrices: Tensor, value: Tensor) -> Tensor:

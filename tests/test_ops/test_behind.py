@@ -230,6 +230,13 @@ def test_behind_in_low_precision(dtype, form):
     assert_near(y, truth, HALF_TOLERANCE[dtype])
 
 
+def test_behind_direct_has_second_derivatives():
+    inputs = [t for t in make_pair((2, 2, 3), 3, bias=True) if t is not None]
+    assert torch.autograd.gradgradcheck(
+        lambda *args: behind(*args, form='direct'), inputs
+    )
+
+
 @pytest.mark.parametrize('wanted', [('h',), ('w3',)])
 def test_behind_has_no_second_derivative(wanted):
     inputs = [

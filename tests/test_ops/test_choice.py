@@ -121,7 +121,7 @@ def test_one_crossing(c, backward):
     'n, c, out, training, inference',
     [
         (10, 64, 256, False, True),
-        (80, 64, 256, False, True),
+        (60, 64, 256, False, True),
         (120, 64, 256, True, True),
         (100, 64, 64, False, False),
         (2000, 64, 64, False, True),
@@ -198,7 +198,7 @@ def test_auto_follows_the_choice(monkeypatch):
         return forms[1 if backward else 0]
 
     monkeypatch.setattr(choice, 'choose', choose)
-    moments = '_MomentsBackward'
+    moments = '_GateOfBackward'
     assert moments not in nodes_of(on_x(*inputs))
     assert moments not in nodes_of(behind(*pair))
     with torch.no_grad():

@@ -237,7 +237,7 @@ def test_which_form_ran():
             for form in ops.FORMS
         }
     assert flops == {'direct': direct, 'gram': gram, 'auto': gram}
-    moments = '_MomentsBackward'
+    moments = '_GateOfBackward'
     assert moments in nodes_of(FORMS['gram'](*inputs))
     assert moments not in nodes_of(FORMS['direct'](*inputs))
 

@@ -109,17 +109,10 @@ def everything(y, inputs, dy):
     return [t.double() for t in (y, *gradients(y, inputs, dy).values())]
 
 
-def test_product_and_its_gradient():
-    generator = torch.Generator().manual_seed(0)
-
-    def rand(*size):
-        t = torch.randn(size, generator=generator, device='cpu').double()
-        return t.to(torch.empty(0).device).requires_grad_()
-
-    shared, batch, single = rand(3, 4), rand(2, 4, 5), rand(4, 6)
-    for a, b in ((shared, batch), (rand(2, 3, 4), batch), (shared, single)):
-        assert torch.equal(matmul(a, b), a @ b)
-        assert torch.autograd.gradcheck(matmul, (a, b))
+def test_product():
+    one, batch = torch.randn(3, 4), torch.randn(2, 4, 5)
+    for a, b in ((one, batch), (torch.randn(2, 3, 4), batch), (one, batch[0])):
+        torch.testing.assert_close(matmul(a, b), a @ b)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)

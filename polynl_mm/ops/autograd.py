@@ -1,0 +1,158 @@
+"""The steps that autograd is told of, whose gradients are written out.
+
+Before the pool, from features to the gate; behind it, from the gate and the
+features to the result. Each takes a gradient in the precision of its forward,
+also under autocast. Where no gradient is wanted, and for a tracer, they are
+ordinary operations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .gate import (
+    Conv,
+    Params,
+    fold,
+    fold_adjoint,
+    gate_adjoint,
+    gate_of_moments,
+    projected,
+    projected_adjoint,
+)
+from .moments import mix, mix_adjoint, moments_adjoint, moments_of
+from .precision import no_autocast, refuse_second_derivative, wants_grad
+
+__all__ = ['apply_gate', 'gate_of', 'project']
+
+
+def gate_of(
+    x: Tensor, p: Params, weights: Tensor | None, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """The gate by moments.
+
+    Args:
+        x (Tensor): (B, c, \\*spatial).
+        p (Params): w1, w2 (C, c), b1 and b2.
+        weights (Tensor, optional): (B, 1, \\*spatial), 1 in the mean.
+        centred (bool): Take the second moment about the mean.
+
+    Returns:
+        tuple: the gate (B, C), and X, to go on with: its own gradient is
+        added in place to what comes back through it.
+    """
+    args = (x, weights, p.w1, p.w2, p.b1, p.b2, centred)
+    if not wants_grad(x, p.w1, p.w2, p.b1, p.b2):
+        return _gate(*args)[0], x
+    g, through = _GateOf.apply(*args)
+    return g, through if x.requires_grad else x
+
+
+def _gate(x, weights, w1, w2, b1, b2, centred):
+    s, m = moments_of(x, weights, b1 is not None, centred)
+    n = math.prod(x.shape[2:])
+    return *gate_of_moments(s, m, w1, w2, b1, b2, n, centred), s, m
+
+
+class _GateOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, w1, w2, b1, b2, centred):
+        args = (w1, w2, b1, b2)
+        g, w1s, s, m = _gate(x, weights, *args, centred)
+        ctx.save_for_backward(x, weights, w1s, s, m, *args)
+        ctx.centred = centred
+        ctx.set_materialize_grads(False)
+        return g, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dg, dx):
+        refuse_second_derivative()
+        x, weights, w1s, s, m, *args = ctx.saved_tensors
+        need_x, _, *need = ctx.needs_input_grad[:4]
+        n, dparams = math.prod(x.shape[2:]), (None,) * 4
+        if dg is not None:  # a pool may have passed over it
+            with no_autocast(x):
+                ds, dm, *dparams = gate_adjoint(
+                    dg, w1s, s, m, *args, n, ctx.centred, (need_x, *need)
+                )
+                if need_x:
+                    centre = m if ctx.centred else None
+                    dx = moments_adjoint(ds, dm, x, weights, centre, dx)
+        return dx, None, *dparams, None
+
+
+def apply_gate(g: Tensor, p: Params, conv: Conv | None, x: Tensor) -> Tensor:
+    """The layer, its gate known.
+
+    Args:
+        g (Tensor): (B, C), the gate.
+        p (Params): w3, alpha, beta and b3.
+        conv (Conv, optional): The convolution that makes X of what is given.
+        x (Tensor): (B, c, \\*spatial).
+
+    Returns:
+        Tensor: (B, C, \\*spatial). It owns its memory.
+    """
+    args = (g, p.w3, p.alpha, p.beta, p.b3, *(conv or (None, None)))
+    if wants_grad(x, *args):
+        return _ApplyGate.apply(x, *args)
+    return mix(*fold(*args), x)
+
+
+class _ApplyGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *args):
+        matrix, column = fold(*args)
+        ctx.save_for_backward(x, matrix, *args)
+        ctx.has_column = column is not None
+        return mix(matrix, column, x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_second_derivative()
+        x, matrix, *args = ctx.saved_tensors
+        need_x, *need = ctx.needs_input_grad
+        with no_autocast(x):
+            needed = (any(need), any(need) and ctx.has_column, need_x)
+            *dmap, dx = mix_adjoint(dy, matrix, x, needed)
+            dargs = (None,) * 7
+            if any(need):
+                dargs = fold_adjoint(*dmap, *args, need)
+        return dx, *dargs
+
+
+def project(conv: Conv, p: Params) -> Params:
+    """Make the first two convolutions those of H, where X = A H + b.
+
+    Returns:
+        Params: ``p`` with P1 (C, c), P2 (C, c), p1 (C,), p2 (C,) of the
+        package's description in the places of w1, w2, b1, b2.
+    """
+    args = (p.w1, p.w2, *conv)
+    with no_autocast(conv.a):
+        if wants_grad(*args):
+            w1, w2, b1, b2 = _Project.apply(*args)
+        else:
+            w1, w2, b1, b2 = projected(*args)
+    return p._replace(
+        w1=w1,
+        w2=w2,
+        b1=b1 if p.b1 is None else b1 + p.b1,
+        b2=b2 if p.b2 is None else b2 + p.b2,
+    )
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.save_for_backward(*args)
+        return projected(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        args = ctx.saved_tensors
+        with no_autocast(args[0]):
+            return projected_adjoint(*grads, *args, ctx.needs_input_grad)
