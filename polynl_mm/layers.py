@@ -243,18 +243,13 @@ class PolyNL(nn.Module):
         return y.to(autocast_dtype(x))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # Raised, not collected: mmengine only logs what is collected.
-        own = self.state_dict()
-        others = [
-            key
-            for key in state_dict
-            if key.startswith(prefix) and key[len(prefix) :] not in own
-        ]
-        if others and f'{prefix}w1.weight' not in state_dict:
+        # A member of Params in the place of a convolution. Raised, not
+        # collected: mmengine only logs what is collected.
+        if f'{prefix}w1' in state_dict:
             raise StateDictMismatch(
                 f'{prefix[:-1]!r} is a Poly-NL layer; in the state dict it is '
-                f'something else ({others[0]}): that is for a model on which '
-                'fuse_poly_nl was called; a training saves none such'
+                'fused with the convolution before it: that is for a model '
+                'on which fuse_poly_nl was called; a training saves none such'
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

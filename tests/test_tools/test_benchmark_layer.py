@@ -167,8 +167,7 @@ def repository(tmp_path_factory):
     root = tmp_path_factory.mktemp('repository')
     for name in ('polynl_mm', 'tools'):
         shutil.copytree(ROOT / name, root / name)
-    ops = root / 'polynl_mm' / 'ops.py'
-    ops = ops if ops.is_file() else root / 'polynl_mm/ops/__init__.py'
+    ops = root / 'polynl_mm/ops/__init__.py'
     text = ops.read_text()
     ops.write_text(text + SLOWED)
     author = ('-c', 'user.name=A', '-c', 'user.email=a@b.c')

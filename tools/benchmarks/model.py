@@ -17,8 +17,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from polynl_mm import fuse_poly_nl
-from polynl_mm.engine import checks, start
-from polynl_mm.engine.cli import StartError
+from polynl_mm.engine import checks, hosts, start
 from polynl_mm.layers import PolyNL
 
 from . import timing
@@ -74,13 +73,8 @@ class Contender:
         self.backbone = backbone
         cfg = start.read_config(config)
         checks.require(cfg, 'model')
-        samples = dict(mmdet=detection_sample, mmseg=segmentation_sample)
-        host = cfg.get('default_scope')
-        if host not in samples:
-            raise StartError(
-                f'config {config} has default_scope={host!r}, expected mmdet '
-                'or mmseg'
-            )
+        hosts.host_of(cfg)
+        host = cfg.default_scope
         torch.manual_seed(0)
         self.whole = self.model = build(cfg, host).to(device)
         if backbone:
@@ -89,7 +83,7 @@ class Contender:
             if variant.form and isinstance(module, PolyNL):
                 module.form = variant.form
         self.picture = torch.randn(1, 3, *shape).to(device)
-        self.sample = samples[host](*shape).to(device)
+        self.sample = SAMPLES[host](*shape).to(device)
 
     def forward(self):
         """Run the network, see tools/benchmark_model.py."""
@@ -217,6 +211,9 @@ def segmentation_sample(h: int, w: int):
     return SegDataSample(
         metainfo=meta(h, w), gt_sem_seg=PixelData(data=labels)
     )
+
+
+SAMPLES = dict(mmdet=detection_sample, mmseg=segmentation_sample)
 
 
 def peak_memory(
