@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
-from .insertion import inserted_after, norms_of_convs
+from .insertion import inserted_after, moved_norm, norms_of_convs
 from .layers import PolyNL, StateDictMismatch
 from .ops import Conv, Params, poly_nl, poly_nl_behind, project
 from .ops.choice import BEHIND, ON_X, choose
@@ -117,7 +118,10 @@ def fuse_poly_nl(
     modules = _Modules(model)
     for site in list(modules.sites()):
         path, layer = modules.path(site), site.get()
-        linked = not isinstance(layer, FusedPolyNL) and layer.source
+        linked = getattr(layer, 'source', None)
+        if linked and not isinstance(linked, _Source):
+            report.left[path] = 'it has a source of its own'
+            continue
         if isinstance(layer, FusedPolyNL) or (linked and trainable):
             report.fused.append(path)
             continue
@@ -221,9 +225,16 @@ class _Source:
         self.layer.source = None
         for place in filter(None, (self.conv, self.norm)):
             module = place.get()
-            if isinstance(module, _Passing):
-                del module.source
-                module.__class__ = module.kind
+            if not isinstance(module, _Passing):
+                continue
+            if type(module) is not _passing(module.kind):
+                raise RuntimeError(
+                    f'a {module.kind.__name__} was parametrized after '
+                    'fuse_poly_nl(trainable=True): remove the parametrization '
+                    'before fuse_poly_nl is called again'
+                )
+            del module.source
+            module.__class__ = module.kind
 
     def check(self) -> tuple[nn.Module, nn.Module | None]:
         """Give convolution and norm.
@@ -232,9 +243,9 @@ class _Source:
             RuntimeError: Another module stands in the place of one of them.
         """
         conv, norm = self.conv.get(), self.norm and self.norm.get()
-        for module in (conv, norm):
-            # An Identity is what fuse_conv_bn leaves of a norm.
-            if not isinstance(module, (_Passing, nn.Identity, type(None))):
+        # An Identity is what fuse_conv_bn leaves of a norm.
+        for module, left in ((conv, ()), (norm, (nn.Identity, type(None)))):
+            if not isinstance(module, (_Passing, *left)):
                 raise RuntimeError(
                     f'a {type(module).__name__} has taken the place of a '
                     'convolution or norm that fuse_poly_nl(trainable=True) '
@@ -280,7 +291,9 @@ class _Passing:
 
 @cache
 def _passing(kind: type) -> type:
-    return type(f'Passing{kind.__name__}', (_Passing, kind), dict(kind=kind))
+    # mmengine initialises by the names of a class and of its bases.
+    bases = (_Passing, kind, *kind.__bases__)
+    return type(f'Passing{kind.__name__}', bases, dict(kind=kind))
 
 
 def _new_passing(kind: type) -> nn.Module:
@@ -430,8 +443,13 @@ class _Modules:
             places = self.places.get(module, ())
             # A layer in a module that is shared runs wherever that does.
             follows = module is site.owner and module is conv.owner
+            if is_parametrized(module):
+                raise _Left(f'{what} is parametrized')
             if len(places) > 1 and not follows:
                 raise _Left(f'{what} is used elsewhere, too')
+            moved = moved_norm(module)
+            if moved is not None:
+                raise _Left(f'fuse_conv_bn has moved {moved!r} past it')
             blocks = inserted_after(module)
             if blocks and module not in (site.owner, layer):
                 raise _Left(f'{blocks[0]!r} comes between')
@@ -495,9 +513,10 @@ def _check_norm(norm: nn.Module) -> None:
 
 def _check_order(conv: _Site, norm: _Site | None) -> None:
     """Raise if ``fuse_conv_bn`` would go wrong without these two."""
-    if norm is None or not isinstance(norm.get(), _BatchNorm):
-        return
-    rest = norms_of_convs(conv.owner, (conv.name, norm.name))
+    if norm is not None and not isinstance(norm.get(), _BatchNorm):
+        return  # it was called already
+    gone = (conv.name, norm and norm.name)
+    rest = norms_of_convs(conv.owner, gone)
     if not rest.items() <= norms_of_convs(conv.owner).items():
         raise _Left(
             'without it, fuse_conv_bn would take the norm behind for that of '

@@ -1,9 +1,9 @@
 """A block after any sub-module of any model, by config.
 
 The block becomes a child of the module it follows, and a forward hook calls
-it. The hook holds no module: it finds the block, by name, in the module it is
-called for. So a copy of the model runs the copy's own block, and the keys and
-the class of the host stay what they are.
+it. The hook does not hold the block, but finds it, by name, in the module it
+is called for. So a copy of the model runs the copy's own block, and the keys
+and the class of the host stay what they are.
 """
 
 from __future__ import annotations
@@ -146,6 +146,21 @@ def inserted_after(module: nn.Module) -> list[str]:
     """Names of the blocks inserted after a module, in the order they run."""
     hooks = module._forward_hooks.values()
     return [hook.name for hook in hooks if isinstance(hook, _Hook)]
+
+
+def moved_norm(module: nn.Module) -> str | None:
+    """Name of the norm that was moved past the blocks after a convolution.
+
+    mmcv's ``fuse_conv_bn`` does so and leaves an Identity in its place.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return None
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, _Hook) and hook.norm is not None:
+            owner, name = hook.norm
+            if isinstance(owner._modules.get(name), nn.Identity):
+                return name
+    return None
 
 
 def norms_of_convs(owner: nn.Module, without=()) -> dict[str, str]:
@@ -407,16 +422,14 @@ class _Hook:
 
     def __call__(self, module, args, kwargs, output):
         block = getattr(module, self.name)
-        if self.norm is not None and isinstance(module, nn.Conv2d):
-            owner, name = self.norm
-            if isinstance(owner._modules[name], nn.Identity):
-                raise RuntimeError(
-                    f'after {self.path!r}, {self.name!r} stands between a '
-                    f'convolution and its norm {name!r}, and fuse_conv_bn has '
-                    'moved the norm to the convolution, before the block: '
-                    'call fuse_conv_bn before the block is inserted, or not '
-                    'at all'
-                )
+        norm = moved_norm(module)
+        if norm is not None:
+            raise RuntimeError(
+                f'after {self.path!r}, {self.name!r} stands between a '
+                f'convolution and its norm {norm!r}, and fuse_conv_bn has '
+                'moved the norm to the convolution, before the block: call '
+                'fuse_conv_bn before the block is inserted, or not at all'
+            )
         index, shape = self.locate(module, block, args, kwargs, output)
         x = _items(output)[index]
         y = self.run(block, x, shape, getattr(module, 'batch_first', True))

@@ -102,6 +102,8 @@ class PolyNL(nn.Module):
     """
 
     _abbr_ = 'poly_nl'
+    pool: Callable[[Tensor], Tensor] | None = None
+    source: Source | None = None
     _conv: type
     _spatial_dims: int
 
@@ -133,8 +135,6 @@ class PolyNL(nn.Module):
                 f'norm_cfg={norm_cfg} with zero_init_w3=True divides by the '
                 'spread of a branch that is zero; start with beta_init=0'
             )
-        self.pool: Callable[[Tensor], Tensor] | None = None
-        self.source: Source | None = None
         self.alpha_init = alpha_init
         self.beta_init = beta_init
         self.zero_init_w3 = zero_init_w3
@@ -218,13 +218,12 @@ class PolyNL(nn.Module):
                 "than it delivers; choose another, such as 'after_conv3'"
             )
         if self.source is not None:
-            conv = self.source.as_conv()
-            forms, out = BEHIND + ON_X, self.w1.in_channels
-            if conv is not None and (
-                choose_for(x, forms, x.shape[1], out, backward=True).behind
-            ):
+            conv, out = self.source.as_conv(), self.w1.in_channels
+            forms = [f for f in BEHIND + ON_X if self.form in ('auto', f.name)]
+            form = choose_for(x, forms, x.shape[1], out, backward=True)
+            if conv is not None and form.behind:
                 p = project(conv, self.params)
-                return poly_nl_behind(x, conv, p, pool=self.pool)
+                return poly_nl_behind(x, conv, p, form.name, self.pool)
             x = self.source(x)
         if self.norm is None:
             return poly_nl(x, self.params, self.form, self.pool)

@@ -24,10 +24,11 @@ from hosts import HOSTS, POLY, POLY1D, RESNET, build, inputs
 from mmcv.cnn import ConvModule
 from mmcv.cnn.utils import fuse_conv_bn
 from mmdet.models.backbones.resnet import Bottleneck
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import initialize, revert_sync_batchnorm
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import register_parametrization
 from torch.testing import assert_close
 
 import polynl_mm
@@ -1007,3 +1008,123 @@ def test_what_passes_is_still_of_its_class():
     assert model[2].in_channels == 4
     with pytest.raises(ValueError, match='in_channels=4'):
         model[2](image(6))
+
+
+@each_mode
+def test_norm_moved_past_a_block_is_not_fused(trainable):
+    """What fuse_conv_bn has spoilt stays refused."""
+    model = inserted(nn.Conv2d(4, 6, 1), POLY, tail=nn.BatchNorm2d(6))
+    model, args = ready(model, image())
+    model = fuse_conv_bn(model)
+    report = fuse_poly_nl(model, trainable)[1]
+    assert "fuse_conv_bn has moved '1'" in report.left['0.poly_nl']
+    with pytest.raises(RuntimeError, match='before the block'):
+        model(*args)
+
+
+def test_fused_before_fuse_conv_bn_with_a_norm_behind():
+    """Without this convolution the norm would be taken for the other's."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+    )
+    insert_blocks(model, [dict(after='1', cfg=POLY)])
+    model, args = ready(model, image())
+    plain = results(model, *args)
+    report = fuse_poly_nl(model)[1]
+    assert 'call fuse_conv_bn first' in report.left['1.poly_nl']
+    assert_near(results(model, *args), plain, 1e-12)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_parametrized():
+    model, args = ready(pair(), image())
+    register_parametrization(model[0], 'weight', Doubled())
+    plain = results(model, *args)
+    for trainable in (False, True):
+        report = fuse_poly_nl(model, trainable)[1]
+        assert 'is parametrized' in report.left['2']
+    assert_near(results(model, *args), plain, 0)
+    model, args = ready(pair(), image())
+    fuse_poly_nl(model, trainable=True)
+    register_parametrization(model[0], 'weight', Doubled())
+    with pytest.raises(RuntimeError, match='Conv2d was parametrized after'):
+        fuse_poly_nl(model)
+
+
+def test_initialised_by_name_after_fusing():
+    """mmengine goes by the names of a class and of its bases."""
+    model, _ = ready(pair(), image())
+    fuse_poly_nl(model, trainable=True)
+    with torch.no_grad():
+        model[0].weight.fill_(7)
+        model[1].weight.fill_(7)
+    initialize(
+        model,
+        [
+            dict(type='Constant', val=3, layer='_BatchNorm'),
+            dict(type='Constant', val=4, layer='Conv2d'),
+        ],
+    )
+    assert (model[1].weight == 3).all() and (model[0].weight == 4).all()
+
+
+@pytest.mark.parametrize('name', ['norm', 'wide'])
+@pytest.mark.parametrize('how', ['as it is', 'training', 'inference'])
+def test_pool_takes_part(name, how):
+    model, args = ready(FUSABLE[name](), image())
+    plain = results(model, *args)
+    gates = []
+
+    def pool(g):
+        gates.append(g)
+        return 2 * g
+
+    model[-1].pool = pool
+    if how != 'as it is':
+        fuse_poly_nl(model, trainable=how == 'training')
+    y = results(model, *args)
+    assert len(gates) == 1 and gates[0].shape == (
+        2,
+        model[-1].out_channels
+        if how == 'inference'
+        else model[-1].w1.in_channels,
+    )
+    difference = (y[0] - plain[0]).abs().max()
+    assert difference > 0.05 * plain[0].abs().max()
+    model[-1].pool = lambda g: g
+    assert_near(results(model, *args), plain, 1e-12)
+
+
+def test_the_form_asked_for_is_taken_when_fused():
+    """By name: a second derivative is that of the direct form."""
+    model, _ = ready(
+        nn.Sequential(nn.Conv2d(8, 32, 1), PolyNL2d(32, form='direct')),
+        image(8),
+    )
+    fuse_poly_nl(model, trainable=True)
+    x = image(8, (9, 9)).requires_grad_()
+    (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
+
+
+def test_a_source_of_ones_own_is_left():
+    class Source:
+        in_channels = 4
+
+        def as_conv(self):
+            return None
+
+        def __call__(self, h):
+            return torch.cat([h, h[:, :2]], 1)
+
+    model = nn.Sequential(nn.Identity(), PolyNL2d(6))
+    model[1].source = Source()
+    assert model(image().float()).shape == (2, 6, 5, 7)
+    for trainable in (False, True):
+        report = fuse_poly_nl(model, trainable)[1]
+        assert report.left == {'1': 'it has a source of its own'}

@@ -49,6 +49,15 @@ def test_layer_is_the_operation(dims, bias, form):
         assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
+def test_parts_of_a_state_dict_are_taken():
+    """What is missing or unknown is torch's to tell, by strict."""
+    layer = PolyNL2d(5)
+    keys = layer.load_state_dict(
+        {'alpha': torch.tensor([3.0]), 'other': torch.zeros(1)}, strict=False
+    )
+    assert keys.unexpected_keys == ['other'] and layer.alpha.item() == 3
+
+
 def test_checkpoint_fits_every_form():
     layers = [PolyNL2d(5, beta_init=0.5, form=form) for form in FORMS]
     for layer in layers[1:]:
@@ -154,6 +163,21 @@ def test_norm_of_a_branch_beyond_float16(form, dtype):
         y = layer(x)
         assert y.dtype == plain(x).dtype == dtype
     assert_near(y, want, HALF_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('norm', [None, dict(type='GN', num_groups=2)])
+def test_pool_is_given_the_gate(norm):
+    layer = PolyNL2d(6, beta_init=0.5, norm_cfg=norm)
+    x, gates = torch.randn(2, 6, 7, 3), []
+    plain = layer(x)
+
+    def pool(g):
+        gates.append(g)
+        return g.roll(1, 1)
+
+    layer.pool = pool
+    assert not torch.allclose(layer(x), plain, atol=1e-2)
+    assert [g.shape for g in gates] == [(2, 6)]
 
 
 @each_layer

@@ -119,9 +119,10 @@ FPN, neither is: :math:`Nc^2` is more than :func:`poly_nl` of X takes.
     \bar\alpha &= \langle \bar A', A \rangle + \bar b'^T b, \quad
         \bar b_3 = \beta \bar b'
 
-while that of g is the one above, with :math:`P_i` in the place of :math:`W_i`
-and :math:`P_i m + p_i` in that of :math:`b_i`, but that :math:`\bar S` reaches
-H as :math:`(\bar S + \bar S^T) (H - m 1^T) / N`.
+while that of g is the one above, with :math:`P_i` in the place of :math:`W_i`,
+:math:`P_i m + p_i` in that of :math:`b_i` for the weights and the column, and
+:math:`\bar p_1 = \bar g \odot (P_2 m + p_2)`; but :math:`\bar S` reaches H as
+:math:`(\bar S + \bar S^T) (H - m 1^T) / N`.
 
 **Five steps** compute all of this: moments (or projections), gate, pool, fold,
 mix. The gate g is a mean over positions in every form, C numbers an image,
@@ -141,6 +142,7 @@ input's dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -199,12 +201,13 @@ def poly_nl(
         pool (callable, optional): Given the gate (B, C) of this call, at
             least in float32, returns the one to go on with, of the same
             shape: for an image of which ``x`` is a part, the mean over all
-            parts, weighted by their positions. What it does must be
-            differentiable where a gradient is wanted.
+            parts, weighted by their numbers of positions or sums of
+            ``weights``. What it does must be differentiable where a gradient
+            is wanted.
         weights (Tensor, optional): What each position counts in
-            :math:`\Phi`, which becomes a weighted mean: not negative, of any
-            scale, of any dtype; no gradient goes to them. The gate of an
-            image that has no weight at all is 0.
+            :math:`\Phi`, which becomes a weighted mean: of any scale and
+            dtype; no gradient goes to them. Negative ones give NaN. The gate
+            of an image that has no weight at all is 0.
 
     Shape:
         - x: (B, C, \*spatial) with one to three spatial axes.
@@ -249,7 +252,9 @@ def poly_nl_behind(
         RuntimeError: On double backward through the gram form, which is not
             implemented.
     """
-    return _poly_nl(h, conv, p, form, pool, weights)
+    if not isinstance(conv, tuple):
+        raise ValueError(f'conv must be a Conv, got {conv!r}')
+    return _poly_nl(h, Conv(*conv), p, form, pool, weights)
 
 
 def _poly_nl(x, conv, p, form, pool, weights):
@@ -257,7 +262,11 @@ def _poly_nl(x, conv, p, form, pool, weights):
     if form not in FORMS:
         raise ValueError(f'form must be one of {FORMS}, got {form!r}')
     x, conv, p = _prepare(x, conv, p)
-    weights = _normalised(weights, x)
+    n = math.prod(x.shape[2:])
+    if weights is not None:
+        weights, n = _counts(weights, x)
+        some = n > 0
+        n = torch.where(some, n, 1)
     behind = conv is not None
     if form == 'auto':
         forms, c = (BEHIND, x.shape[1]) if behind else (ON_X, None)
@@ -265,11 +274,11 @@ def _poly_nl(x, conv, p, form, pool, weights):
         form = choose_for(x, forms, c, p.w3.shape[0], backward).name
     with no_autocast(x):
         if form == 'direct':
-            g = gate_of_projections(x, p, weights)
+            g = gate_of_projections(x, p, weights, n)
         else:
-            g, x = gate_of(x, p, weights, centred=behind)
+            g, x = gate_of(x, p, weights, n, centred=behind)
         if weights is not None:
-            g = g * (weights.flatten(1).sum(1, keepdim=True) > 0)
+            g = g * some
         if pool is not None:
             g = _pooled(g, pool)
         if form == 'direct':
@@ -294,10 +303,8 @@ def _pooled(g: Tensor, pool: Pool) -> Tensor:
     return pooled
 
 
-def _normalised(weights: Tensor | None, x: Tensor) -> Tensor | None:
-    """Weights (B, 1, *spatial) of mean 1, or of 0 where there is none."""
-    if weights is None:
-        return None
+def _counts(weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (B, 1, *spatial), the largest 1, and their sums (B, 1)."""
     shapes = [(b, *x.shape[2:]) for b in (x.shape[0], 1)]
     if not isinstance(weights, Tensor) or (
         tuple(weights.shape) not in shapes or weights.is_complex()
@@ -308,9 +315,15 @@ def _normalised(weights: Tensor | None, x: Tensor) -> Tensor | None:
             f'{weights.dtype if isinstance(weights, Tensor) else weights!r}'
             f' of shape {tuple(getattr(weights, "shape", ()))}'
         )
-    weights = weights.detach().to(float_dtype(x.dtype)).unsqueeze(1)
-    mean = weights.flatten(1).mean(1).reshape(-1, *(1,) * (x.dim() - 1))
-    return weights / torch.where(mean > 0, mean, 1)
+    dtype = float_dtype(x.dtype)
+    weights = weights.detach()
+    weights = weights.to(torch.promote_types(weights.dtype, dtype))
+    weights = weights.unsqueeze(1)
+    largest = weights.flatten(1).amax(1).reshape(-1, *(1,) * (x.dim() - 1))
+    weights = weights / torch.where(largest > 0, largest, 1)
+    # A square of a root, so that a negative one is NaN in every form.
+    weights = weights.to(dtype).sqrt().square()
+    return weights, weights.flatten(1).sum(1, keepdim=True)
 
 
 def _prepare(x, conv, p):
@@ -318,6 +331,8 @@ def _prepare(x, conv, p):
 
     ``b1`` and ``b2`` are then both there or both None.
     """
+    if not isinstance(p, Params):
+        raise ValueError(f'p must be Params, got a {type(p).__name__}')
     _check(x, conv, p)
     x = x.to(autocast_dtype(x))
     dtype = float_dtype(x.dtype)

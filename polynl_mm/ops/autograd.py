@@ -8,7 +8,7 @@ ordinary operations.
 
 from __future__ import annotations
 
-import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -30,40 +30,45 @@ __all__ = ['apply_gate', 'gate_of', 'project']
 
 
 def gate_of(
-    x: Tensor, p: Params, weights: Tensor | None, centred: bool
+    x: Tensor,
+    p: Params,
+    weights: Tensor | None,
+    n: int | Tensor,
+    centred: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gate by moments.
 
     Args:
         x (Tensor): (B, c, \\*spatial).
         p (Params): w1, w2 (C, c), b1 and b2.
-        weights (Tensor, optional): (B, 1, \\*spatial), 1 in the mean.
+        weights (Tensor, optional): (B, 1, \\*spatial), 1 at most.
+        n (int or Tensor): The sum of the weights, (B, 1); without them the
+            number of positions.
         centred (bool): Take the second moment about the mean.
 
     Returns:
         tuple: the gate (B, C), and X, to go on with: its own gradient is
         added in place to what comes back through it.
     """
-    args = (x, weights, p.w1, p.w2, p.b1, p.b2, centred)
+    args = (x, weights, n, p.w1, p.w2, p.b1, p.b2, centred)
     if not wants_grad(x, p.w1, p.w2, p.b1, p.b2):
         return _gate(*args)[0], x
     g, through = _GateOf.apply(*args)
     return g, through if x.requires_grad else x
 
 
-def _gate(x, weights, w1, w2, b1, b2, centred):
-    s, m = moments_of(x, weights, b1 is not None, centred)
-    n = math.prod(x.shape[2:])
+def _gate(x, weights, n, w1, w2, b1, b2, centred):
+    s, m = moments_of(x, weights, n, b1 is not None, centred)
     return *gate_of_moments(s, m, w1, w2, b1, b2, n, centred), s, m
 
 
 class _GateOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, w1, w2, b1, b2, centred):
+    def forward(ctx, x, weights, n, w1, w2, b1, b2, centred):
         args = (w1, w2, b1, b2)
-        g, w1s, s, m = _gate(x, weights, *args, centred)
+        g, w1s, s, m = _gate(x, weights, n, *args, centred)
         ctx.save_for_backward(x, weights, w1s, s, m, *args)
-        ctx.centred = centred
+        ctx.n, ctx.centred = n, centred
         ctx.set_materialize_grads(False)
         return g, x.view_as(x)
 
@@ -71,8 +76,8 @@ class _GateOf(torch.autograd.Function):
     def backward(ctx, dg, dx):
         refuse_second_derivative()
         x, weights, w1s, s, m, *args = ctx.saved_tensors
-        need_x, _, *need = ctx.needs_input_grad[:4]
-        n, dparams = math.prod(x.shape[2:]), (None,) * 4
+        need_x, _, _, *need = ctx.needs_input_grad[:5]
+        n, dparams = ctx.n, (None,) * 4
         if dg is not None:  # a pool may have passed over it
             with no_autocast(x):
                 ds, dm, *dparams = gate_adjoint(
@@ -80,8 +85,8 @@ class _GateOf(torch.autograd.Function):
                 )
                 if need_x:
                     centre = m if ctx.centred else None
-                    dx = moments_adjoint(ds, dm, x, weights, centre, dx)
-        return dx, None, *dparams, None
+                    dx = moments_adjoint(ds, dm, x, weights, n, centre, dx)
+        return dx, None, None, *dparams, None
 
 
 def apply_gate(g: Tensor, p: Params, conv: Conv | None, x: Tensor) -> Tensor:
@@ -132,6 +137,10 @@ def project(conv: Conv, p: Params) -> Params:
         package's description in the places of w1, w2, b1, b2.
     """
     args = (p.w1, p.w2, *conv)
+    # Under autocast a convolution of low precision may come with others.
+    if len({t.dtype for t in args}) > 1:
+        dtype = reduce(torch.promote_types, (t.dtype for t in args))
+        args = tuple(t.to(dtype) for t in args)
     with no_autocast(conv.a):
         if wants_grad(*args):
             w1, w2, b1, b2 = _Project.apply(*args)

@@ -102,12 +102,14 @@ def projected_adjoint(dp1, dp2, dq1, dq2, w1, w2, a, b, need):
 
 
 def gate_of_projections(
-    x: Tensor, p: Params, weights: Tensor | None = None
+    x: Tensor, p: Params, weights: Tensor | None, n: int | Tensor
 ) -> Tensor:
     """The gate (B, C) as the paper has it: the mean of W1 x * W2 x."""
     u, v = convolution(x, p.w1, p.b1), convolution(x, p.w2, p.b2)
     uv = u.to(p.w1.dtype) * v.to(p.w1.dtype)
-    return (uv if weights is None else uv * weights).flatten(2).mean(2)
+    if weights is None:
+        return uv.flatten(2).mean(2)
+    return (uv * weights).flatten(2).sum(2) / n
 
 
 def gate_of_moments(
@@ -117,7 +119,7 @@ def gate_of_moments(
     w2: Tensor,
     b1: Tensor | None,
     b2: Tensor | None,
-    n: int,
+    n: int | Tensor,
     centred: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gate from the moments of n positions.
@@ -246,7 +248,8 @@ def fold_adjoint(dmatrix, dcolumn, g, w3, alpha, beta, b3, a, b, need):
     if b3 is not None:
         total = dcolumn.sum(0)
         db3 = beta * total
-        dbeta = dbeta + (b3 * total).sum() if need_beta else None
+        if need_beta:
+            dbeta = dbeta + (b3 * total).sum()
     return dg, dw3, dalpha, dbeta, db3, da, db
 
 

@@ -6,8 +6,6 @@ These carry all the work that grows with N. A function whose name ends in
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -28,26 +26,32 @@ _MIN_PANEL = 128
 
 
 def moments_of(
-    x: Tensor, weights: Tensor | None, mean: bool, centred: bool
+    x: Tensor,
+    weights: Tensor | None,
+    n: int | Tensor,
+    mean: bool,
+    centred: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The second moment and the mean of the positions of an image.
+    """n times the second moment, and the mean of the positions of an image.
 
     Args:
         x (Tensor): (B, C, \\*spatial).
         weights (Tensor, optional): (B, 1, \\*spatial), what each position
-            counts, 1 in the mean; no gradient goes to them.
+            counts, 1 at most; no gradient goes to them.
+        n (int or Tensor): Their sum (B, 1), or the number of positions.
         mean (bool): Whether the mean is wanted.
         centred (bool): Take the second moment about the mean, which must be
             wanted.
 
     Returns:
-        tuple: N times the second moment (B, C, C), and the mean (B, C) or
-        None, at least in float32.
+        tuple: n S (B, C, C), and m (B, C) or None, at least in float32.
     """
     z, m = x, None
     if mean:
-        sized = x if weights is None else x * weights
-        m = sized.flatten(2).mean(2, dtype=float_dtype(x.dtype))
+        if weights is None:
+            m = x.flatten(2).mean(2, dtype=float_dtype(x.dtype))
+        else:
+            m = (x * weights).flatten(2).sum(2) / n
     if centred:
         z = (x - m.reshape(*m.shape, *(1,) * (x.dim() - 2))).to(x.dtype)
     if weights is not None:
@@ -60,14 +64,15 @@ def moments_adjoint(
     dm: Tensor | None,
     x: Tensor,
     weights: Tensor | None,
+    n: int | Tensor,
     centre: Tensor | None,
     dx: Tensor | None,
 ) -> Tensor:
-    """(dS + dS^T) (X - m) + dm / N, times weights; added to dx, in place.
+    """(dS + dS^T) (X - m) + dm / n, times weights; added to dx, in place.
 
-    ``centre`` is the mean where S is about it.
+    ``ds`` is the gradient of n S; ``centre`` is m where S is about it.
     """
-    column = None if dm is None else dm / math.prod(x.shape[2:])
+    column = None if dm is None else dm / n
     ds = ds + transposed(ds)
     dx = _mix(ds, _counted(x, weights), onto=dx)
     if centre is not None:

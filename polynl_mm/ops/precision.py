@@ -156,7 +156,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def no_autocast(x: Tensor):
     """Within it every product runs in the dtype it is given."""
-    if not is_autocast_on(x.device.type):
+    # A compiler sees a gradient where it has seen the forward, while it may
+    # be taken under autocast.
+    if not is_autocast_on(x.device.type) and not is_recorded():
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 

@@ -111,6 +111,24 @@ def test_behind_frozen_inputs(wanted, form):
 
 
 @both_forms
+@pytest.mark.parametrize('wanted', BEHIND)
+def test_frozen_beside_constant_projections(wanted, form):
+    """w1 and the rest are P here, so that a and b act by the fold alone."""
+    h, conv, p = projected(*make_pair((2, 4, 5, 3), 6, bias=True))
+    tensors = dict(zip(BEHIND, (h, *conv, *p)))
+    tensors = {
+        k: t.detach().requires_grad_(k == wanted) for k, t in tensors.items()
+    }
+    results = []
+    for kind in ('direct', form):
+        h, a, b, *p = tensors.values()
+        y = poly_nl_behind(h, Conv(a, b), Params(*p), form=kind)
+        dy = torch.arange(y.numel()).reshape(y.shape).to(y) / y.numel()
+        results.append(torch.autograd.grad(y, tensors[wanted], dy)[0])
+    assert_near(results[1], results[0], 1e-11, wanted)
+
+
+@both_forms
 def test_behind_a_norm_that_takes_most_away(form):
     """The mean of A h ten times its spread, and b the negative of it."""
     h, a, _, *params = make_pair((2, 16, 20, 20), 64)
@@ -247,6 +265,25 @@ def test_behind_has_no_second_derivative(wanted):
     inputs = [t for t in inputs if t is not None and t.requires_grad]
     with pytest.raises(RuntimeError, match='second derivative'):
         torch.autograd.grad(y.sum(), inputs, create_graph=True)
+
+
+def test_what_is_no_conv_and_no_params_is_named():
+    h, conv, p = projected(*make_pair((2, 4, 3), 5))
+    with pytest.raises(ValueError, match='conv must be a Conv, got None'):
+        poly_nl_behind(h, None, p)
+    with pytest.raises(ValueError, match='p must be Params, got a tuple'):
+        poly_nl_behind(h, conv, tuple(p))
+
+
+@both_forms
+def test_projections_under_autocast_of_mixed_dtypes(form, device):
+    """A host's convolution may be of low precision, the layer not."""
+    inputs = make_pair((2, 8, 9, 9), 12, dtype=torch.float32)
+    h, a, b, *p = inputs
+    with torch.autocast(device, torch.bfloat16):
+        y = behind(h, a.bfloat16(), b.bfloat16(), *p, form=form)
+    want = after_conv(*[t if t is None else t.double() for t in inputs])
+    assert_near(y, want.detach(), 2 * HALF_TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,47 @@ def test_weights_in_low_precision(door, form, dtype):
 
 @both_forms
 @each_door
+@pytest.mark.parametrize('scale', [1e-300, 1e300])
+def test_scales_beyond_float32(door, form, scale):
+    inputs, _ = whole(door)
+    inputs = [None if t is None else t.detach().float() for t in inputs]
+    want = DOORS[door](*inputs, form=form, weights=some_weights())
+    y = DOORS[door](*inputs, form=form, weights=some_weights() * scale)
+    assert_near(y, want, 1e-6)
+
+
+@both_forms
+@each_door
+def test_negative_weights_are_seen(door, form):
+    inputs, _ = whole(door)
+    weights = some_weights()
+    weights[0, 0, 0] = -1e-3
+    y = DOORS[door](*inputs, form=form, weights=weights)
+    assert y[0].isnan().all() and y[1].isfinite().all()
+
+
+@both_forms
+@each_door
+def test_one_position_of_many_counts_in_float16(door, form):
+    """N times the mean, which float16 could not hold beside x."""
+    inputs, _ = whole(door)
+    generator = torch.Generator().manual_seed(1)
+    channels = inputs[0].shape[1]
+    x = torch.randn((1, channels, 96, 96), generator=generator, device='cpu')
+    x = (x * 30).to(inputs[0].device).half().requires_grad_()
+    low = [None if t is None else t.detach().half() / 30 for t in inputs[1:]]
+    weights = torch.zeros(1, 96, 96)
+    weights[0, 0, 0] = 1
+    y = DOORS[door](x, *low, form=form, weights=weights)
+    (dx,) = torch.autograd.grad(y.float().mean(), x)
+    assert y.isfinite().all() and dx.isfinite().all()
+    exact = [None if t is None else t.double() for t in (x.detach(), *low)]
+    truth = DOORS[door](*exact, form='direct', weights=weights)
+    assert_near(y, truth, 1e-2)
+
+
+@both_forms
+@each_door
 def test_no_weights_cost_nothing(door, form):
     inputs, _ = whole(door)
     inputs = [t if t is None else t.detach() for t in inputs]
