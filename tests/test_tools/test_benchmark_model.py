@@ -161,6 +161,7 @@ def test_counted_by_hand(cost):
     assert printed.out.splitlines()[-1] == '| tiny | 0.00 | 0.00 | 0.00 |'
 
 
+@pytest.mark.long
 def test_time_and_memory(here, start_here):
     out = start_here('tiny.py', 'wide.py', '--shape', 256, 256, '--turns', 3)
     row = json.loads((here / 'out.json').read_text())
@@ -190,6 +191,7 @@ def test_one_mode_only(here, start_here):
     assert 'forward, ms' in out and 'training' not in out
 
 
+@pytest.mark.long
 def test_variants_of_a_backbone(here, start_here):
     out = start_here(
         *('tiny.py', 'fusable.py', '--shape', 64, 64, '--turns', 2),
