@@ -128,12 +128,13 @@ class Rate(NamedTuple):
     launch: float
 
 
-# Two cores of an AMD EPYC, torch 2.13: 100e9 multiply-adds a second, 16 of
-# them in the time of a byte (python tools/benchmark_layer.py), and for an
-# operation 4 microseconds of Python and torch.
+# Estimates for two cores of an AMD EPYC: 100e9 multiply-adds a second, 16 of
+# them in the time of a byte, 4 microseconds of Python and torch for an
+# operation. Not fitted; tools/benchmark_layer.py checks what is chosen on X.
 _CPU = Rate(10, 10, 10, 160, 4e6)
-# An H100 80GB, torch 2.11, products of 8192 x 8192 matrices: bfloat16 749,
-# TF32 404, float32 51 TFLOP/s; a copy 3.0 TB/s; a launch 3 to 5 microseconds.
+# From ceilings of an H100 80GB, torch 2.11, not fitted: large products at 749
+# (bfloat16), 404 (TF32) and 51 (float32) TFLOP/s, a copy at 3.0 TB/s, a launch
+# in 3 to 5 microseconds.
 _HALF, _TF32, _FLOAT32 = 2.7, 5.0, 39
 _BYTE, _LAUNCH = 0.33, 4e6
 
