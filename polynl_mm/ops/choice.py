@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .precision import (
     HALF,
-    allows_tf32,
     autocast_dtype,
     is_for_every_size,
+    switches,
 )
 
 __all__ = [
@@ -148,7 +148,7 @@ def rate_of(device: str, dtype: torch.dtype) -> Rate:
     if device != 'cuda':
         return _CPU
     convolution, product = (
-        _TF32 if allowed else _FLOAT32 for allowed in allows_tf32()
+        _TF32 if allowed else _FLOAT32 for allowed in switches()
     )
     if dtype in HALF:
         return Rate(_HALF, _HALF, product, _BYTE, _LAUNCH)

@@ -9,6 +9,9 @@ nothing is written in place and, but for a compiled one, no size is known.
 from __future__ import annotations
 
 import contextlib
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 _BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, 'dtype')  # torch >= 2.8
+_HAS_TRITON = find_spec('triton') is not None
 
 
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -129,14 +133,115 @@ def add_to_diagonal(matrices: Tensor, value: Tensor) -> Tensor:
     return matrices
 
 
-def allows_tf32() -> tuple[bool, bool]:
-    """Whether convolutions and matrix products may run in TF32 on a GPU."""
+# ---------------------------------------------------------------- precision
+
+
+class Switches(NamedTuple):
+    """Whether a GPU may run float32 in TF32.
+
+    Attributes:
+        convolutions: By default it may.
+        products: Matrix products; by default it may not.
+    """
+
+    convolutions: bool
+    products: bool
+
+
+class Precision(NamedTuple):
+    """In what the layer runs on a GPU; sums are float32 at least.
+
+    ``'tf32'``, or ``'ieee'``, the dtype of the operands as it is: what Triton
+    calls ``input_precision``.
+
+    Attributes:
+        products: Those with features, which stand for convolutions.
+        algebra: Those of C x C matrices, which are never of low precision.
+        products_by_torch, algebra_by_torch: Whether torch's own products run
+            in that precision, so that they may be asked.
+    """
+
+    products: str
+    algebra: str
+    products_by_torch: bool
+    algebra_by_torch: bool
+
+
+def policy(
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    convolutions: bool,
+    products: bool,
+) -> Precision:
+    """The precision for features of a dtype.
+
+    What stands for a convolution follows the switch of convolutions, whatever
+    that of matrix products says. For features of low precision the algebra is
+    in TF32, the error of which is an eighth of bfloat16's.
+
+    Args:
+        dtype (torch.dtype): Of the features.
+        capability (tuple, optional): Of the device, see :func:`capability`.
+        convolutions, products (bool): As in :class:`Switches`.
+    """
+    has_tf32 = capability is not None and capability >= (8, 0)
+    own = 'tf32' if has_tf32 and products else 'ieee'  # torch's, of float32
+    if dtype == torch.float64:
+        return Precision('ieee', 'ieee', True, True)
+    if dtype in HALF:
+        algebra = 'tf32' if has_tf32 else 'ieee'
+        return Precision('ieee', algebra, True, algebra == own)
+    wanted = 'tf32' if has_tf32 and convolutions else 'ieee'
+    return Precision(wanted, wanted, wanted == own, wanted == own)
+
+
+def switches() -> Switches:
+    """As they are set, by whichever of torch's ways, now."""
     if is_recorded():  # by default: a compiler does not look up switches
-        return True, False
-    return (
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_tf32,
+        return Switches(True, False)
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    return Switches(
+        _allows_tf32(getattr(cudnn, 'conv', None), cudnn),
+        _allows_tf32(cuda.matmul, cuda.matmul),
     )
+
+
+def _allows_tf32(switch, legacy) -> bool:
+    # Where there are both, the new one knows what was set by the old one and
+    # what it takes from those above it, while the old one raises once the new
+    # one has been used.
+    precision = getattr(switch, 'fp32_precision', None)
+    if precision is None:  # torch < 2.9
+        return legacy.allow_tf32
+    return precision == 'tf32'
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Of an NVIDIA GPU: (8, 0) and above have TF32. None of all else."""
+    # On AMD's, a device is called 'cuda', too, and its capability is another.
+    if device.type != 'cuda' or torch.version.hip is not None:
+        return None
+    return _capability(device)
+
+
+@lru_cache
+def _capability(device):
+    if not torch.cuda.is_available():  # a tensor that only has a shape
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return found.major, found.minor
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether kernels of our own are for features such as x.
+
+    They are for tensor cores: an NVIDIA GPU that has TF32; float16, bfloat16,
+    or float32 where convolutions may run in TF32. They need Triton.
+    """
+    if not _HAS_TRITON or x.device.type != 'cuda':
+        return False
+    found = policy(autocast_dtype(x), capability(x.device), *switches())
+    return found.algebra == 'tf32'
 
 
 # ---------------------------------------------------------------- autocast

@@ -1,5 +1,10 @@
 """In which precision the operation runs, and its gradient."""
 
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import (
@@ -15,7 +20,8 @@ from helpers import (
 )
 from torch import nn
 
-from polynl_mm.ops.precision import matmul
+from polynl_mm.ops import precision
+from polynl_mm.ops.precision import matmul, policy, switches
 
 DOORS = {'on X': on_x, 'behind': behind}
 each_door = pytest.mark.parametrize('door', DOORS)
@@ -122,3 +128,196 @@ def test_product_of_low_precision_is_float32(dtype):
     assert y.dtype == torch.float32
     # Beyond float16, and each term with all its digits.
     assert (y == 300 * 300.0**2).all()
+
+
+# Capability of the device; the switches of convolutions and products; in what
+# the products with features and the algebra run, + where torch's own do.
+POLICY = """
+bfloat16 None    no  no  | ieee+ ieee+
+bfloat16 None    no  yes | ieee+ ieee+
+bfloat16 None    yes no  | ieee+ ieee+
+bfloat16 None    yes yes | ieee+ ieee+
+bfloat16 (7, 5)  no  no  | ieee+ ieee+
+bfloat16 (7, 5)  no  yes | ieee+ ieee+
+bfloat16 (7, 5)  yes no  | ieee+ ieee+
+bfloat16 (7, 5)  yes yes | ieee+ ieee+
+bfloat16 (8, 0)  no  no  | ieee+ tf32
+bfloat16 (8, 0)  no  yes | ieee+ tf32+
+bfloat16 (8, 0)  yes no  | ieee+ tf32
+bfloat16 (8, 0)  yes yes | ieee+ tf32+
+float32  None    no  no  | ieee+ ieee+
+float32  None    no  yes | ieee+ ieee+
+float32  None    yes no  | ieee+ ieee+
+float32  None    yes yes | ieee+ ieee+
+float32  (7, 5)  no  no  | ieee+ ieee+
+float32  (7, 5)  no  yes | ieee+ ieee+
+float32  (7, 5)  yes no  | ieee+ ieee+
+float32  (7, 5)  yes yes | ieee+ ieee+
+float32  (8, 0)  no  no  | ieee+ ieee+
+float32  (8, 0)  no  yes | ieee  ieee
+float32  (8, 0)  yes no  | tf32  tf32
+float32  (8, 0)  yes yes | tf32+ tf32+
+float64  None    no  no  | ieee+ ieee+
+float64  None    no  yes | ieee+ ieee+
+float64  None    yes no  | ieee+ ieee+
+float64  None    yes yes | ieee+ ieee+
+float64  (7, 5)  no  no  | ieee+ ieee+
+float64  (7, 5)  no  yes | ieee+ ieee+
+float64  (7, 5)  yes no  | ieee+ ieee+
+float64  (7, 5)  yes yes | ieee+ ieee+
+float64  (8, 0)  no  no  | ieee+ ieee+
+float64  (8, 0)  no  yes | ieee+ ieee+
+float64  (8, 0)  yes no  | ieee+ ieee+
+float64  (8, 0)  yes yes | ieee+ ieee+
+"""
+
+
+def test_policy():
+    lines, answers = [], {True: 'yes', False: 'no'}
+    for name in ('bfloat16', 'float32', 'float64'):
+        for capability in (None, (7, 5), (8, 0)):
+            for allowed in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                allowed = tuple(map(bool, allowed))
+                found = policy(getattr(torch, name), capability, *allowed)
+                conv, product = (answers[a] for a in allowed)
+                products = found.products + '+' * found.products_by_torch
+                algebra = found.algebra + '+' * found.algebra_by_torch
+                lines.append(
+                    f'{name:8} {capability!s:7} {conv:3} {product:3} | '
+                    f'{products:5} {algebra}'
+                )
+    assert lines == POLICY.split('\n')[1:-1]
+
+
+@pytest.mark.parametrize('capability', [None, (7, 5), (8, 0), (12, 0)])
+@pytest.mark.parametrize('allowed', [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_policy_of_float16_and_later_devices(capability, allowed):
+    found = policy(torch.float16, capability, *allowed)
+    assert found == policy(torch.bfloat16, capability, *allowed)
+    if capability == (12, 0):
+        found = policy(torch.float32, capability, *allowed)
+        assert found == policy(torch.float32, (8, 0), *allowed)
+
+
+# How switches are set, and whether convolutions and products then are in TF32.
+OLDER = [
+    ('', True, False),
+    ('cudnn.allow_tf32 = False', False, False),
+    ('cuda.matmul.allow_tf32 = True', True, True),
+    ('cudnn.allow_tf32 = False; cuda.matmul.allow_tf32 = True', False, True),
+    ('ask_for("high")', True, True),
+    ('ask_for("medium")', True, True),
+    ('ask_for("medium"); ask_for("highest")', True, False),
+]
+# torch >= 2.9. At most of these the older ones raise when they are read.
+NEWER = [
+    ('all.fp32_precision = "ieee"', False, False),
+    ('all.fp32_precision = "tf32"', True, True),
+    ('cudnn.fp32_precision = "ieee"', False, False),
+    ('cudnn.fp32_precision = "tf32"', True, True),
+    ('cudnn.conv.fp32_precision = "ieee"', False, False),
+    ('cudnn.conv.fp32_precision = "none"', False, False),
+    ('all.fp32_precision = cudnn.conv.fp32_precision = "tf32"', True, True),
+    (
+        'all.fp32_precision = "ieee"; cudnn.conv.fp32_precision = "tf32"',
+        *(True, False),
+    ),
+    ('cuda.matmul.fp32_precision = "tf32"', True, True),
+    (
+        'cuda.matmul.fp32_precision = "tf32"; cudnn.fp32_precision = "ieee"',
+        *(False, True),
+    ),
+    # Of both kinds: what was set last holds.
+    (
+        'cudnn.allow_tf32 = False; cudnn.conv.fp32_precision = "tf32"',
+        *(True, False),
+    ),
+    (
+        'cudnn.conv.fp32_precision = "ieee"; cudnn.allow_tf32 = True',
+        *(True, False),
+    ),
+    (
+        'cuda.matmul.allow_tf32 = True; cuda.matmul.fp32_precision = "ieee"',
+        *(True, False),
+    ),
+    ('cuda.matmul.fp32_precision = "tf32"; ask_for("highest")', True, False),
+]
+READ = """
+import os, sys, warnings
+import torch
+from polynl_mm.ops.precision import switches
+all, cudnn, cuda = torch.backends, torch.backends.cudnn, torch.backends.cuda
+ask_for = torch.set_float32_matmul_precision
+for line in sys.stdin.read().split(chr(10)):
+    if not os.fork():
+        exec(line)
+        warnings.simplefilter('error')
+        try:
+            print(line, *switches(), sep=' | ', flush=True)
+        finally:
+            os._exit(0)
+    os.wait()
+"""
+
+
+def test_switches():
+    """Each in a process of its own: what was set can not be undone."""
+    settings = OLDER
+    if hasattr(torch.backends, 'fp32_precision'):
+        settings = OLDER + NEWER
+    found = subprocess.run(
+        [sys.executable, '-c', READ],
+        input='\n'.join(line for line, _, _ in settings),
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert not found.stderr
+    wants = [' | '.join(map(str, setting)) for setting in settings]
+    assert found.stdout.splitlines() == wants
+
+
+def test_a_program_takes_the_default(monkeypatch):
+    monkeypatch.setattr(precision, '_allows_tf32', lambda *_: None)
+    assert switches() == (None, None)
+    monkeypatch.setattr(precision, 'is_recorded', lambda: True)
+    assert switches() == (True, False)
+
+
+def test_older_torch(monkeypatch):
+    backends = SimpleNamespace(
+        cudnn=SimpleNamespace(allow_tf32=False),
+        cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=True)),
+    )
+    monkeypatch.setattr(torch, 'backends', backends)
+    assert switches() == (False, True)
+
+
+@pytest.mark.parametrize(
+    'change, dtype, expected',
+    [
+        ({}, torch.float16, True),
+        ({}, torch.bfloat16, True),
+        ({}, torch.float32, True),
+        ({}, torch.float64, False),
+        (dict(_HAS_TRITON=False), torch.bfloat16, False),
+        (dict(_capability=lambda device: (7, 5)), torch.bfloat16, False),
+        (dict(_capability=lambda device: None), torch.bfloat16, False),
+        (dict(switches=lambda: (False, True)), torch.bfloat16, True),
+        (dict(switches=lambda: (False, True)), torch.float32, False),
+    ],
+)
+def test_who_has_kernels(change, dtype, expected, monkeypatch):
+    card = dict(
+        _HAS_TRITON=True,
+        _capability=lambda device: (9, 0),
+        switches=lambda: (True, False),
+    )
+    for name, value in {**card, **change}.items():
+        monkeypatch.setattr(precision, name, value)
+    monkeypatch.setattr(torch.version, 'hip', None)
+    x = SimpleNamespace(dtype=dtype, device=torch.device('cuda', 0))
+    assert precision.has_kernels(x) == expected
+    monkeypatch.setattr(torch.version, 'hip', '6.4')  # an AMD card
+    assert not precision.has_kernels(x)
+    assert not precision.has_kernels(torch.ones(1, 2, 3, device='cpu'))
