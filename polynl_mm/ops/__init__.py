@@ -150,11 +150,10 @@ from torch import Tensor
 
 from .autograd import apply_gate, gate_of, project
 from .choice import BEHIND, ON_X, choose_for
-from .gate import Conv, Params, gate_of_projections, gated
+from .gate import Conv, Params
 from .precision import (
     HALF,
     autocast_dtype,
-    convolution,
     float_dtype,
     is_autocast_on,
     no_autocast,
@@ -273,17 +272,13 @@ def _poly_nl(x, conv, p, form, pool, weights):
         backward = wants_grad(x, *(conv or ()), *p)
         form = choose_for(x, forms, c, p.w3.shape[0], backward).name
     with no_autocast(x):
-        if form == 'direct':
-            g = gate_of_projections(x, p, weights, n)
-        else:
-            g, x = gate_of(x, p, weights, n, centred=behind)
+        direct = form == 'direct'
+        g, x = gate_of(x, p, weights, n, direct, centred=behind)
         if weights is not None:
             g = g * some
         if pool is not None:
             g = _pooled(g, pool)
-        if form == 'direct':
-            return gated(convolution(x, *conv) if behind else x, g, p)
-        return apply_gate(g, p, conv, x)
+        return apply_gate(g, p, conv, x, direct)
 
 
 def _pooled(g: Tensor, pool: Pool) -> Tensor:

@@ -20,11 +20,19 @@ from .gate import (
     fold_adjoint,
     gate_adjoint,
     gate_of_moments,
+    gate_of_projections,
+    gated,
     projected,
     projected_adjoint,
 )
 from .moments import mix, mix_adjoint, moments_adjoint, moments_of
-from .precision import no_autocast, refuse_second_derivative, wants_grad
+from .precision import (
+    convolution,
+    has_kernels,
+    no_autocast,
+    refuse_second_derivative,
+    wants_grad,
+)
 
 __all__ = ['apply_gate', 'gate_of', 'project']
 
@@ -34,9 +42,10 @@ def gate_of(
     p: Params,
     weights: Tensor | None,
     n: int | Tensor,
+    direct: bool,
     centred: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gate by moments.
+    """The gate.
 
     Args:
         x (Tensor): (B, c, \\*spatial).
@@ -44,12 +53,19 @@ def gate_of(
         weights (Tensor, optional): (B, 1, \\*spatial), 1 at most.
         n (int or Tensor): The sum of the weights, (B, 1); without them the
             number of positions.
+        direct (bool): By projections, as the paper has it; else by moments.
         centred (bool): Take the second moment about the mean.
 
     Returns:
         tuple: the gate (B, C), and X, to go on with: its own gradient is
         added in place to what comes back through it.
     """
+    if has_kernels(x):
+        from . import operators
+
+        return operators.gate_of(x, p, weights, n, direct, centred)
+    if direct:
+        return gate_of_projections(x, p, weights, n), x
     args = (x, weights, n, p.w1, p.w2, p.b1, p.b2, centred)
     if not wants_grad(x, p.w1, p.w2, p.b1, p.b2):
         return _gate(*args)[0], x
@@ -89,7 +105,9 @@ class _GateOf(torch.autograd.Function):
         return dx, None, None, *dparams, None
 
 
-def apply_gate(g: Tensor, p: Params, conv: Conv | None, x: Tensor) -> Tensor:
+def apply_gate(
+    g: Tensor, p: Params, conv: Conv | None, x: Tensor, direct: bool
+) -> Tensor:
     """The layer, its gate known.
 
     Args:
@@ -97,10 +115,17 @@ def apply_gate(g: Tensor, p: Params, conv: Conv | None, x: Tensor) -> Tensor:
         p (Params): w3, alpha, beta and b3.
         conv (Conv, optional): The convolution that makes X of what is given.
         x (Tensor): (B, c, \\*spatial).
+        direct (bool): As the paper has it; else by one matrix an image.
 
     Returns:
         Tensor: (B, C, \\*spatial). It owns its memory.
     """
+    if has_kernels(x):
+        from . import operators
+
+        return operators.apply_gate(g, p, conv, x, direct)
+    if direct:
+        return gated(convolution(x, *conv) if conv else x, g, p)
     args = (g, p.w3, p.alpha, p.beta, p.b3, *(conv or (None, None)))
     if wants_grad(x, *args):
         return _ApplyGate.apply(x, *args)
@@ -141,6 +166,11 @@ def project(conv: Conv, p: Params) -> Params:
     if len({t.dtype for t in args}) > 1:
         dtype = reduce(torch.promote_types, (t.dtype for t in args))
         args = tuple(t.to(dtype) for t in args)
+    p = p._replace(w1=args[0], w2=args[1])
+    if has_kernels(conv.a):
+        from . import operators
+
+        return operators.project(Conv(*args[2:]), p)
     with no_autocast(conv.a):
         if wants_grad(*args):
             w1, w2, b1, b2 = _Project.apply(*args)

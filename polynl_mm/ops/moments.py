@@ -20,7 +20,13 @@ from .precision import (
     transposed,
 )
 
-__all__ = ['mix', 'mix_adjoint', 'moments_adjoint', 'moments_of']
+__all__ = [
+    'empty_like',
+    'mix',
+    'mix_adjoint',
+    'moments_adjoint',
+    'moments_of',
+]
 
 _MIN_PANEL = 128
 
@@ -157,7 +163,7 @@ def _mix(
         # A copy owns its memory, too; compilers remove it where they can.
         y = y if torch.jit.is_tracing() else y.clone()
         return y if onto is None else onto + y
-    y = _empty_like(x if like is None else like, c) if onto is None else onto
+    y = empty_like(x if like is None else like, c) if onto is None else onto
     yf = y.view(*y.shape[:2], -1) if y.numel() else y.flatten(2)
     add = onto is not None
     if yf.is_contiguous():
@@ -167,7 +173,7 @@ def _mix(
     return y
 
 
-def _empty_like(x: Tensor, c: int) -> Tensor:
+def empty_like(x: Tensor, c: int) -> Tensor:
     """Uninitialised, of c channels, C innermost where that is so in x."""
     shape = (x.shape[0], c, *x.shape[2:])
     if x.is_contiguous() or not transposed(x.flatten(2)).is_contiguous():

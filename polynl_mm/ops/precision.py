@@ -9,6 +9,7 @@ nothing is written in place and, but for a compiled one, no size is known.
 from __future__ import annotations
 
 import contextlib
+import os
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -23,8 +24,13 @@ _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Newer torch tells.
 _is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
-_BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, 'dtype')  # torch >= 2.8
-_HAS_TRITON = find_spec('triton') is not None
+# A product of low precision may have a result of float32: torch >= 2.8.
+BMM_WIDENS = hasattr(torch.ops.aten.bmm, 'dtype')
+# Operators that may be made in Python came with torch 2.4.
+_HAS_TRITON = find_spec('triton') is not None and hasattr(
+    torch.library, 'custom_op'
+)
+_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,7 +57,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         a = a.expand(b.shape[0], *a.shape)
     if a.dtype not in HALF:
         return torch.bmm(a, b)
-    if a.is_cuda and _BMM_HAS_OUT_DTYPE:
+    if a.is_cuda and BMM_WIDENS:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 
@@ -232,16 +238,24 @@ def _capability(device):
     return found.major, found.minor
 
 
+def precision_for(x: Tensor) -> Precision:
+    """:func:`policy` for features as they come, under autocast or not."""
+    return policy(autocast_dtype(x), capability(x.device), *switches())
+
+
 def has_kernels(x: Tensor) -> bool:
     """Whether kernels of our own are for features such as x.
 
     They are for tensor cores: an NVIDIA GPU that has TF32; float16, bfloat16,
-    or float32 where convolutions may run in TF32. They need Triton.
+    or float32 where convolutions may run in TF32. They need Triton, the
+    interpreter of which runs them on a CPU. A program that is to run anywhere
+    (traced, exported) has none of them.
     """
-    if not _HAS_TRITON or x.device.type != 'cuda':
+    if not _HAS_TRITON or is_for_every_size():
         return False
-    found = policy(autocast_dtype(x), capability(x.device), *switches())
-    return found.algebra == 'tf32'
+    if x.device.type != 'cuda':
+        return _INTERPRETED and x.device.type == 'cpu'
+    return precision_for(x).algebra == 'tf32'
 
 
 # ---------------------------------------------------------------- autocast

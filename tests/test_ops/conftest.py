@@ -29,3 +29,24 @@ def fresh_memory_is_nan():
     assert torch.empty(3).new_empty_strided((2, 2), (1, 2)).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+if os.environ.get('TRITON_INTERPRET') == '1':
+    # Kernels run on the CPU. Their interpreter knows bfloat16 by its bits
+    # only, and multiplies those.
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(a):
+        if a.dtype.scalar != tl.bfloat16:
+            return a
+        bits = a.data.astype(np.uint32) << 16
+        return TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot_of_any(self, a, b, *args):
+        return create_dot(self, widened(a), widened(b), *args)
+
+    InterpreterBuilder.create_dot = create_dot_of_any
