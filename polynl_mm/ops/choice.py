@@ -17,6 +17,7 @@ from torch import Tensor
 from .precision import (
     HALF,
     autocast_dtype,
+    has_kernels,
     is_for_every_size,
     switches,
 )
@@ -60,7 +61,8 @@ class Cost(NamedTuple):
         products: Multiply-adds of matrix products, per position.
         algebra: Multiply-adds of the C x C algebra, whatever N.
         temporaries: Elements written and read again, per position, besides
-            those of the cheapest form.
+            those of the cheapest form; of lean kernels, all that are read and
+            all that are written.
         launches: Kernels of the device for all images together.
     """
 
@@ -71,7 +73,9 @@ class Cost(NamedTuple):
     launches: int = 0
 
 
-def cost(form: Form, c: int | None, out: int, backward: bool) -> Cost:
+def cost(
+    form: Form, c: int | None, out: int, backward: bool, lean: bool = False
+) -> Cost:
     """Cost of a form.
 
     Args:
@@ -81,6 +85,9 @@ def cost(form: Form, c: int | None, out: int, backward: bool) -> Cost:
         backward (bool): With all gradients, or the forward alone. That of a
             form behind a convolution is for weights that were projected once
             and for all.
+        lean (bool): By kernels of our own, see
+            :func:`polynl_mm.ops.precision.has_kernels`, in place of ordinary
+            operations. The multiply-adds are the same.
     """
     steps = 3 if backward else 1  # a product, and two for its gradients
     if form == Form('direct'):
@@ -108,53 +115,95 @@ def cost(form: Form, c: int | None, out: int, backward: bool) -> Cost:
             algebra=steps * out * c**2 + (9 if backward else 1) * out**2 * c,
             launches=93 if backward else 23,
         )
+    if lean:
+        narrow, wide, launches = _LEAN[form][backward]
+        temporaries = narrow * (c or 0) + wide * out
+        found = found._replace(temporaries=temporaries, launches=launches)
     if c is not None and not form.behind:
-        convolutions = found.convolutions + steps * out * c
-        found = found._replace(convolutions=convolutions)
+        found = found._replace(
+            convolutions=found.convolutions + steps * out * c
+        )
+        if lean:
+            found = found._replace(
+                temporaries=found.temporaries + steps * (c + out),
+                launches=found.launches + steps,
+            )
     return found
 
+
+# How often lean kernels go over H and over X, and their launches: forward,
+# and with backward. A product reads what it multiplies and writes the result;
+# one that adds to it reads it, too.
+_LEAN = {
+    # u v, gate, Y; dM, du dv, dW1 dW2, two terms of dX.
+    Form('direct'): ((0, 7, 6), (0, 22, 15)),
+    # S, Y; dM, two terms of dX.
+    Form('gram'): ((0, 3, 5), (0, 10, 15)),
+    # As on X, and X of H; its gradient, and that of A and b.
+    Form('direct', behind=True): ((2, 7, 7), (7, 22, 21)),
+    # m, H - m, S, Y; dA', db', two terms of dH.
+    Form('gram', behind=True): ((5, 1, 11), (10, 4, 29)),
+}
 
 # A layer asks the same at every call.
 _cost = lru_cache(cost)
 
 
 class Rate(NamedTuple):
-    """Picoseconds for each unit of a :class:`Cost`; bytes for temporaries."""
+    """Picoseconds for each unit of a :class:`Cost`; bytes for temporaries.
+
+    ``lean`` says of which kernels, as in :func:`cost`.
+    """
 
     convolution: float
     product: float
     algebra: float
     byte: float
     launch: float
+    lean: bool = False
 
 
 # Estimates for two cores of an AMD EPYC: 100e9 multiply-adds a second, 16 of
 # them in the time of a byte, 4 microseconds of Python and torch for an
 # operation. Not fitted; tools/benchmark_layer.py checks what is chosen on X.
 _CPU = Rate(10, 10, 10, 160, 4e6)
-# From ceilings of an H100 80GB, torch 2.11, not fitted: large products at 749
-# (bfloat16), 404 (TF32) and 51 (float32) TFLOP/s, a copy at 3.0 TB/s, a launch
-# in 3 to 5 microseconds.
-_HALF, _TF32, _FLOAT32 = 2.7, 5.0, 39
-_BYTE, _LAUNCH = 0.33, 4e6
+# An H100 80GB, torch 2.11, at 8074cc2: eight shapes, forward and backward, by
+# captured graphs; tests/test_ops/h100.py has them and how far each is from
+# what these say. Least squares of relative errors, a launch taken as 4
+# microseconds, for it was 3 to 5. The ceilings of that card: a copy at 3.0
+# TB/s, products at 749 (bfloat16), 404 (TF32) and 51 (float32) TFLOP/s, of
+# which 2.7e-3, 5.0e-3 and 39e-3 would be the rates.
+_LAUNCH = 4e6
+# Ordinary operations, all regimes in one fit. A byte in low precision is dear
+# for the copies in float32 that come with it.
+_HALF, _TF32, _FLOAT32, _TF32_ALGEBRA = 4.9e-3, 10.4e-3, 47e-3, 18e-3
+_HALF_BYTE, _BYTE = 2.7, 0.93
+# Kernels of few launches, those of a prototype; a byte as in a copy. Without
+# the shape of 1050 positions, the rows of which are not at multiples of 16
+# bytes: there the convolution itself is at half its speed. Passes over C x C
+# matrices are part of the algebra.
+_LEAN_HALF = Rate(2.3e-3, 2.3e-3, 27e-3, 0.33, _LAUNCH, lean=True)
+_LEAN_TF32 = Rate(8.6e-3, 8.6e-3, 18e-3, 0.33, _LAUNCH, lean=True)
 
 
-def rate_of(device: str, dtype: torch.dtype) -> Rate:
+def rate_of(device: str, dtype: torch.dtype, lean: bool = False) -> Rate:
     """What a type of device takes, for features of a dtype.
 
-    On a GPU convolutions and matrix products each follow their own switch for
-    TF32. A device that was not measured is taken for a CPU.
+    On a GPU ordinary convolutions and matrix products each follow their own
+    switch for TF32. A device that was not measured is taken for a CPU.
     """
     if device != 'cuda':
         return _CPU
-    convolution, product = (
-        _TF32 if allowed else _FLOAT32 for allowed in switches()
-    )
+    if lean:
+        return _LEAN_HALF if dtype in HALF else _LEAN_TF32
+    allowed = switches()
+    algebra = _TF32_ALGEBRA if allowed.products else _FLOAT32
     if dtype in HALF:
-        return Rate(_HALF, _HALF, product, _BYTE, _LAUNCH)
+        return Rate(_HALF, _HALF, algebra, _HALF_BYTE, _LAUNCH)
     if dtype == torch.float64:
-        convolution = product = _FLOAT32
-    return Rate(convolution, product, product, _BYTE, _LAUNCH)
+        return Rate(_FLOAT32, _FLOAT32, _FLOAT32, _BYTE, _LAUNCH)
+    convolution, product = (_TF32 if tf32 else _FLOAT32 for tf32 in allowed)
+    return Rate(convolution, product, algebra, _BYTE, _LAUNCH)
 
 
 def choose(
@@ -183,7 +232,7 @@ def choose(
     rate = rate or _CPU
 
     def time(form):
-        found = _cost(form, c, out, backward)
+        found = _cost(form, c, out, backward, rate.lean)
         position = (
             found.convolutions * rate.convolution
             + found.products * rate.product
@@ -211,7 +260,7 @@ def choose_for(
     Where the choice becomes part of a program, it is that for every size.
     """
     dtype = autocast_dtype(x)
-    rate = rate_of(x.device.type, dtype)
+    rate = rate_of(x.device.type, dtype, has_kernels(x))
     # A tracer has tensors for sizes; these are the same for every input.
     c, out = (None if v is None else int(v) for v in (c, out))
     if is_for_every_size():
