@@ -16,6 +16,9 @@ The numbers behind ``form='auto'`` come from here.
 
     python tools/benchmark_layer.py --json out.json
 
+With --calibrate nothing but the rates of this machine, in the form in which
+polynl_mm/ops/choice.py holds them.
+
 With --against COMMIT, before a change of the operation is taken for as fast
 as what was: two modules of the same weights call the operation of here, and
 two that of another commit of this repository; the last table has their
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import tempfile
@@ -38,7 +42,7 @@ if (HERE.parent / 'polynl_mm').is_dir():
 # Where this file is run as a script, it is there already.
 sys.path.append(str(HERE))
 
-from benchmarks import layer, timing
+from benchmarks import calibrate, layer, timing
 from benchmarks.core import extract
 from benchmarks.goals import goals
 from benchmarks.timing import MODES
@@ -80,6 +84,11 @@ def parse_args() -> argparse.Namespace:
         'a 1x1 convolution C/4 -> C with a frozen norm',
     )
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
+    parser.add_argument(
+        '--calibrate',
+        action='store_true',
+        help='print the rates of this machine that choice.py wants, no more',
+    )
     return parser.parse_args()
 
 
@@ -88,6 +97,11 @@ def main() -> None:
     args = parse_args()
     timing.allow_tf32(False)
     print(timing.machine(args.device))
+    if args.calibrate:
+        sizes = itertools.product(args.channels, args.positions)
+        for line in calibrate.run(args.device, sizes, args.seconds):
+            print(line, flush=True)
+        return
     if layer.ContextBlock is None:
         print('mmcv is not installed: NonLocal2d and ContextBlock left out')
     with tempfile.TemporaryDirectory() as folder:

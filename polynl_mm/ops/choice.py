@@ -168,7 +168,7 @@ class Rate(NamedTuple):
 # operation. Not fitted; tools/benchmark_layer.py checks what is chosen on X.
 _CPU = Rate(10, 10, 10, 160, 4e6)
 # An H100 80GB, torch 2.11, at 8074cc2: eight shapes, forward and backward, by
-# captured graphs; tests/test_ops/h100.py has them and how far each is from
+# captured graphs; tests/h100.py has them and how far each is from
 # what these say. Least squares of relative errors, a launch taken as 4
 # microseconds, for it was 3 to 5. The ceilings of that card: a copy at 3.0
 # TB/s, products at 749 (bfloat16), 404 (TF32) and 51 (float32) TFLOP/s, of
