@@ -36,6 +36,21 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss')),
     train_cfg=dict(), test_cfg=dict(mode='whole'))
 """
+# How children start where the parent has seen a GPU, here on a CPU.
+SPAWN = """
+import multiprocessing
+from pathlib import Path
+
+get_context = multiprocessing.get_context
+
+
+def spawn(method=None):
+    Path('asked').touch()
+    return get_context('spawn')
+
+
+multiprocessing.get_context = spawn
+"""
 BACKBONE = """
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
@@ -180,6 +195,17 @@ def test_time_and_memory(here, start_here):
     lines = out.splitlines()
     assert lines[-2].startswith('| tiny | ')
     assert '| 1.000 ± 0.000 |' in lines[-2]
+
+
+def test_children_of_a_process_that_has_seen_the_gpu(here, start_here):
+    """They are spawned: they find the tool, its modules and the config."""
+    (here / 'sitecustomize.py').write_text(SPAWN)
+    start_here(
+        *('tiny.py', '--shape', 512, 512, '--turns', 2, '--modes', 'forward')
+    )
+    case = json.loads((here / 'out.json').read_text())['contenders']['tiny.py']
+    assert case['peak_bytes']['forward'] > 2**20
+    assert (here / 'asked').exists()
 
 
 def test_one_mode_only(here, start_here):
