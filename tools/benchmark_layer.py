@@ -16,6 +16,17 @@ The numbers behind ``form='auto'`` come from here.
 
     python tools/benchmark_layer.py --json out.json
 
+On a GPU, where torch and Triton are enough:
+
+    python tools/benchmark_layer.py --device cuda --json out.json
+
+the shapes, the regimes (bf16 autocast, and float32 as PyTorch runs it: with
+convolutions in TF32) and the rivals are others, and a whole ResNet-50 comes
+behind. Every contender alone: the time of the GPU (a captured graph replayed),
+that of an eager step, launches, peak memory, and what it reaches of what the
+card can do. First the errors of all forms against float64. What fails is told,
+and the rest goes on.
+
 With --calibrate nothing but the rates of this machine, in the form in which
 polynl_mm/ops/choice.py holds them.
 
@@ -33,6 +44,7 @@ import itertools
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -42,10 +54,15 @@ if (HERE.parent / 'polynl_mm').is_dir():
 # Where this file is run as a script, it is there already.
 sys.path.append(str(HERE))
 
-from benchmarks import calibrate, layer, timing
+import torch
+from benchmarks import calibrate, gpu, layer, timing
+from benchmarks.card import Card
 from benchmarks.core import extract
-from benchmarks.goals import goals
+from benchmarks.goals import goals, gpu_goals, told
 from benchmarks.timing import MODES
+
+# These say how it is measured on a CPU.
+ON_CPU = ('channels', 'positions', 'seconds', 'no_memory', 'against')
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,19 +106,44 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='print the rates of this machine that choice.py wants, no more',
     )
-    return parser.parse_args()
+    parser.add_argument(
+        '--limit',
+        type=float,
+        default=140.0,
+        metavar='SECONDS',
+        help='on a GPU: what has not begun by then is left out',
+    )
+    args = parser.parse_args()
+    if args.device == 'cuda':
+        for name in () if args.calibrate else ON_CPU:
+            if getattr(args, name) != parser.get_default(name):
+                option = '--' + name.replace('_', '-')
+                refuse(f'{option} is not for --device cuda')
+        if not torch.cuda.is_available():
+            refuse('--device cuda, but this machine has no such GPU')
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        refuse(f'--json {args.json}: its folder does not exist')
+    return args
+
+
+def refuse(why: str) -> None:
+    """End with one line."""
+    sys.exit(f'benchmark_layer.py: {why}')
 
 
 def main() -> None:
     """Run all cases, print the tables and the goals, write the JSON."""
     args = parse_args()
-    timing.allow_tf32(False)
-    print(timing.machine(args.device))
     if args.calibrate:
+        print(timing.machine(args.device))
         sizes = itertools.product(args.channels, args.positions)
         for line in calibrate.run(args.device, sizes, args.seconds):
             print(line, flush=True)
         return
+    if args.device == 'cuda':
+        return on_gpu(args)
+    timing.allow_tf32(False)
+    print(timing.machine(args.device))
     if layer.ContextBlock is None:
         print('mmcv is not installed: NonLocal2d and ContextBlock left out')
     with tempfile.TemporaryDirectory() as folder:
@@ -111,9 +153,33 @@ def main() -> None:
             try:
                 extract(*against)
             except ValueError as error:
-                sys.exit(f'benchmark_layer.py: --against: {error}')
+                refuse(f'--against: {error}')
         result = measure(args, against)
     report(result, against)
+
+
+def on_gpu(args) -> None:
+    """The same on a GPU; see the module."""
+    # As a user has it, whatever the environment says.
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    start = time.monotonic()
+
+    def keep(result, news):
+        result['seconds'] = time.monotonic() - start
+        result['goals'] = gpu_goals(result)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1))
+        print(news, flush=True)
+
+    card = Card()
+    print(card, flush=True)
+    result = gpu.run(card, lambda: time.monotonic() - start > args.limit, keep)
+    print(f'{result["seconds"]:.0f} s\n\n{gpu.tables(result)}\n')
+    print(told(result['goals']))
+    wrong = [case for case in result['errors'] if not case['right']]
+    if wrong:
+        refuse(f'{len(wrong)} results are wrong')
 
 
 def measure(args, against: layer.Against | None) -> dict:
@@ -169,14 +235,7 @@ def report(result: dict, against: layer.Against | None) -> None:
         print(f'\nin units of {against.commit}\n')
         print(layer.against_table(rows, against))
     print()
-    for goal in result['goals']:
-        flops = goal['by_flops']
-        print(
-            f'{"reached " if goal["reached"] else "SHORT OF"} '
-            f'{goal["goal"]}: {goal["worst"]:.3g} (limit {goal["limit"]}, '
-            f'worst at {goal["where"]}'
-            + (f', by operations {flops:.2f})' if flops else ')')
-        )
+    print(told(result['goals']))
     for found in result.get('against', ()):
         figures = [found['worst'], *filter(None, [found['spread']])]
         print(
