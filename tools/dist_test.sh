@@ -4,7 +4,8 @@ set -euo pipefail
 
 if [[ $# -lt 3 || ! $3 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: [NNODES=1] [NODE_RANK=0] [MASTER_ADDR=127.0.0.1]" \
-        "[PORT=29500] $0 CONFIG CHECKPOINT GPUS [arguments of test.py]" >&2
+        "[PORT=a free one] $0 CONFIG CHECKPOINT GPUS" \
+        "[arguments of test.py]" >&2
     exit 2
 fi
 

@@ -24,10 +24,6 @@ python tools/make_mini_data.py wider_face --out "$DATA" --seed 0
 say "training $CONFIG in $processes processes; log in $OUT/train.log"
 rm -rf "$OUT"
 mkdir -p "$OUT"
-# Any free port, so that another job on this machine does not matter.
-free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0));
-print(s.getsockname()[1])'
-export PORT=${PORT:-$(python -c "$free_port")}
 set +e
 # The learning rate is for two processes; on one GPU it is halved.
 bash tools/dist_train.sh "$CONFIG" "$processes" --work-dir "$OUT/train" \

@@ -10,6 +10,7 @@ is wrong.
 
 import logging
 import os
+import socket
 import sys
 
 import torch
@@ -43,6 +44,13 @@ def number(name, default, least):
     return int(text)
 
 
+def free_port():
+    """Find a port that no other job on this machine has."""
+    with socket.socket() as probe:
+        probe.bind(('', 0))
+        return probe.getsockname()[1]
+
+
 def stop(message):
     """End with a line."""
     print(f'torchrun.py: error: {message}', file=sys.stderr)
@@ -52,7 +60,8 @@ def stop(message):
 def start(processes, command):
     """Run torchrun in this process."""
     nodes = number('NNODES', 1, 1)
-    port = number('PORT', 29500, 1)
+    # Several nodes must know it beforehand; one alone takes a free one.
+    port = number('PORT', 29500 if nodes > 1 else free_port(), 1)
     for name in ('MASTER_ADDR', 'NODE_RANK'):
         if nodes > 1 and name not in os.environ:
             stop(f'NNODES={nodes}, but {name} is not set')

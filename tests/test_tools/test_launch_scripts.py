@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -110,19 +111,30 @@ def torchrun(monkeypatch):
 
 
 def test_torchrun(torchrun):
-    assert torchrun() == [
+    assert torchrun(PORT='1234') == [
         '--nnodes=1',
         '--node-rank=0',
         '--master-addr=127.0.0.1',
-        '--master-port=29500',
+        '--master-port=1234',
         '--nproc-per-node=3',
         'train.py',
         *MORE,
     ]
 
 
+def test_torchrun_takes_a_free_port(torchrun):
+    """Two jobs on a machine need not know of each other."""
+    name, port = torchrun()[3].split('=')
+    assert name == '--master-port'
+    with socket.socket() as job:
+        job.bind(('127.0.0.1', int(port)))
+        job.listen()
+        assert torchrun()[3] != f'{name}={port}'
+
+
 def test_torchrun_on_several_nodes(torchrun):
     nodes = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='10.1.2.3')
+    assert torchrun(**nodes)[3] == '--master-port=29500'
     assert torchrun(**nodes, PORT='1234')[:4] == [
         '--nnodes=2',
         '--node-rank=1',
