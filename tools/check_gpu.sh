@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What works on this machine's GPU: mixed precision, NCCL, loss scaling, fused
 # layers and the tests of the operation, on small data, in a few minutes. Takes
-# the active environment as it is. All that it writes is in work_dirs/check_gpu/,
+# the active environment as it is. All it writes is in work_dirs/check_gpu/,
 # made anew at every run. --cpu: the same without a GPU, in float32, over gloo.
 # shellcheck disable=SC2329 # step calls the functions
 set -uo pipefail
