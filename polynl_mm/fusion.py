@@ -24,7 +24,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .insertion import inserted_after, moved_norm, norms_of_convs
 from .layers import PolyNL, StateDictMismatch
-from .ops import Conv, Params, poly_nl, poly_nl_behind, project
+from .ops import (
+    Conv,
+    Params,
+    evaluated,
+    poly_nl,
+    poly_nl_behind,
+    project,
+)
 from .ops.choice import BEHIND, ON_X, choose
 from .ops.precision import HALF, convolution
 
@@ -326,17 +333,13 @@ def _as_conv(
     conv: _ConvNd, norm: nn.Module | None, dtype: torch.dtype | None = None
 ) -> Conv:
     """A and b of a 1x1 convolution and an evaluated BatchNorm."""
-    a = conv.weight.flatten(1).to(dtype)
-    b = conv.bias
-    b = a.new_zeros(len(a)) if b is None else b.to(dtype)
-    if not isinstance(norm, _BatchNorm):  # none, or fuse_conv_bn was here
-        return Conv(a, b)
-    scale = torch.rsqrt(norm.running_var.to(a.dtype) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    b = (b - norm.running_mean) * scale
-    b = b if norm.bias is None else b + norm.bias
-    return Conv(a * scale.unsqueeze(1), b)
+    a, b = conv.weight.flatten(1).to(dtype), conv.bias
+    if isinstance(norm, _BatchNorm):
+        mean, variance = norm.running_mean, norm.running_var
+        args = (b, mean, variance, norm.eps, norm.weight, norm.bias)
+        return evaluated(a, *args)
+    # None, or fuse_conv_bn was here.
+    return Conv(a, a.new_zeros(len(a)) if b is None else b.to(dtype))
 
 
 # ------------------------------------------------------------ where and why

@@ -7,6 +7,15 @@ C -> C; then in units of it ``direct`` and ``gram`` as ordinary operations,
 prototype with kernels of few launches.
 """
 
+from polynl_mm.ops.choice import Form
+
+# How the prototype went over the features, and its launches, as choice.py has
+# those of the kernels: for direct it wrote the gradients of u and v, too.
+PROTOTYPE = {
+    Form('direct'): ((0, 7, 4), (0, 22, 12)),
+    Form('gram'): ((0, 3, 5), (0, 10, 14)),
+}
+
 # Images, C, N.
 SHAPES = (
     (2, 256, 200 * 336),

@@ -8,6 +8,8 @@ All of the mathematics is in this package, and it needs only torch:
 - ``moments``: what touches every position, and its gradient;
 - ``gate``: the C x C algebra, and its gradient;
 - ``autograd``: both together, as the two steps that autograd is told of;
+- ``triton``: both on a GPU, in few launches, and ``operators``, the same steps
+  of these;
 - ``choice``: what each form costs, and which is taken;
 - ``precision``: what depends on torch's version or mode.
 
@@ -148,7 +150,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .autograd import apply_gate, gate_of, project
+from .autograd import apply_gate, evaluated, gate_of, project
 from .choice import BEHIND, ON_X, choose_for
 from .gate import Conv, Params
 from .precision import (
@@ -164,6 +166,7 @@ __all__ = [
     'FORMS',
     'Conv',
     'Params',
+    'evaluated',
     'poly_nl',
     'poly_nl_behind',
     'project',

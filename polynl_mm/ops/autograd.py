@@ -22,6 +22,7 @@ from .gate import (
     gate_of_moments,
     gate_of_projections,
     gated,
+    normed,
     projected,
     projected_adjoint,
 )
@@ -34,7 +35,7 @@ from .precision import (
     wants_grad,
 )
 
-__all__ = ['apply_gate', 'gate_of', 'project']
+__all__ = ['apply_gate', 'evaluated', 'gate_of', 'project']
 
 
 def gate_of(
@@ -195,3 +196,34 @@ class _Project(torch.autograd.Function):
         args = ctx.saved_tensors
         with no_autocast(args[0]):
             return projected_adjoint(*grads, *args, ctx.needs_input_grad)
+
+
+def evaluated(
+    w: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    offset: Tensor | None,
+) -> Conv:
+    r"""A 1x1 convolution and the evaluated BatchNorm behind it as one.
+
+    Args:
+        w, bias (Tensor): (C, c), (C,), of the convolution.
+        mean, variance, eps, weight, offset: Of the norm, (C,): what it has
+            kept, and its affine map.
+
+    Returns:
+        Conv: in the dtype of ``w``.
+    """
+    tensors = (w, bias, mean, variance, weight, offset)
+    one_dtype = all(t is None or t.dtype == w.dtype for t in tensors)
+    with no_autocast(w):
+        if one_dtype and has_kernels(w):
+            from . import operators
+
+            return operators.evaluated(
+                w, bias, mean, variance, eps, weight, offset
+            )
+        return normed(w, bias, mean, variance, eps, weight, offset)

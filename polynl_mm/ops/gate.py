@@ -33,6 +33,7 @@ __all__ = [
     'gate_of_moments',
     'gate_of_projections',
     'gated',
+    'normed',
     'projected',
     'projected_adjoint',
 ]
@@ -70,7 +71,25 @@ class Conv(NamedTuple):
     b: Tensor
 
 
-# ----------------------------------------------------------------- the gate
+# ------------------------------------------------ the convolution before it
+
+
+def normed(
+    w: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    offset: Tensor | None,
+) -> Conv:
+    """:func:`polynl_mm.ops.evaluated`, by ordinary operations."""
+    scale = torch.rsqrt(variance.to(w.dtype) + eps)
+    if weight is not None:
+        scale = scale * weight
+    b = -mean * scale if bias is None else (bias - mean) * scale
+    b = b if offset is None else b + offset
+    return Conv(w * scale.unsqueeze(1), b.to(w.dtype))
 
 
 def projected(
@@ -99,6 +118,9 @@ def projected_adjoint(dp1, dp2, dq1, dq2, w1, w2, a, b, need):
         dq1, dq2 = dq1.unsqueeze(0), dq2.unsqueeze(0)
         db = add_matmul(matmul(dq1, w1), dq2, w2).squeeze(0)
     return dw1, dw2, da, db
+
+
+# ----------------------------------------------------------------- the gate
 
 
 def gate_of_projections(

@@ -805,7 +805,7 @@ def _contract(p: Tensor, q: Tensor, symmetric: bool = False) -> Tensor:
     tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) * images
     # A sum is shared out where the tiles leave processors idle; a part is at
     # least 512 long.
-    parts = min(2 * _processors(p.device) // tiles, depth // 512)
+    parts = min(2 * _processors(p.device) // max(tiles, 1), depth // 512)
     dtype = float_dtype(p.dtype)
     a, b = _matrices(p, 'image'), _matrices(q, 'image').mT
     if parts < 2:
@@ -842,9 +842,8 @@ def _apply(
 
     A column (B, C) or (C,) is added to every position.
     """
-    precision = precision_for(xf)
     yf = y.view(*y.shape[:2], xf.shape[2])
-    if precision.products_by_torch and column is None:
+    if _by_torch(xf) and column is None:
         if yf.is_contiguous():
             matmul_into(yf, matrix, xf, add)
         else:
