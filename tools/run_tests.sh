@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Set up and run the whole suite; arguments go to pytest.
+# Set up and run the whole suite; arguments go to pytest. The kernels for a GPU
+# come last, on the CPU by Triton's interpreter, in an environment that is the
+# same but for Triton and the numpy that this interpreter knows; not where the
+# arguments name tests.
 set -euo pipefail
 # shellcheck source=tools/setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" \
@@ -8,4 +11,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" \
 cd "$ROOT"
 python -m ruff check .
 python -m ruff format --check .
-exec python -m pytest "$@"
+python -m pytest "$@"
+if (($#)) && [[ $1 != -* || $(uname -s) != Linux ]]; then
+    exit
+fi
+
+KERNELS=${POLYNL_VENV:-$ROOT/.venv}-kernels
+site() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+if ! "$KERNELS/bin/python" -c 'import triton' 2> /dev/null; then
+    say "making an environment with Triton in $KERNELS"
+    python -m venv --without-pip "$KERNELS"
+    # All that is not found there is that of the environment of the suite.
+    site python > "$(site "$KERNELS/bin/python")/suite.pth"
+    python -m pip --python "$KERNELS/bin/python" install -qq --no-deps \
+        triton==3.6.0 'numpy<2.4' || die "pip could not install Triton"
+fi
+TRITON_INTERPRET=1 exec "$KERNELS/bin/python" -m pytest \
+    tests/test_ops/test_kernels.py

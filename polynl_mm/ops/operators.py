@@ -18,6 +18,7 @@ from .gate import Conv, Params, gate_of_projections, gated
 from .moments import empty_like
 from .precision import (
     convolution,
+    float_dtype,
     is_recorded,
     no_autocast,
     refuse_second_derivative,
@@ -381,13 +382,18 @@ class _ApplyGate(torch.autograd.Function):
 
 def project(conv: Conv, p: Params) -> Params:
     """As :func:`polynl_mm.ops.project`."""
-    args = (p.w1.contiguous(), p.w2.contiguous(), conv.a.contiguous(), conv.b)
-    args += (p.b1, p.b2)
+    dtype = p.w1.dtype
+    args = (p.w1, p.w2, *conv, p.b1, p.b2)
+    args = tuple(
+        t if t is None else t.to(float_dtype(dtype)).contiguous() for t in args
+    )
     if wants_grad(*args):
-        w1, w2, b1, b2 = _Project.apply(*args)
+        made = _Project.apply(*args)
     else:
-        (w1, w2), (b1, b2) = (t.unbind() for t in _project(*args))
-    return p._replace(w1=w1, w2=w2, b1=b1, b2=b2)
+        made = (t for pair in _project(*args) for t in pair.unbind())
+    return p._replace(
+        **{k: t.to(dtype) for k, t in zip(('w1', 'w2', 'b1', 'b2'), made)}
+    )
 
 
 class _Project(torch.autograd.Function):

@@ -32,21 +32,29 @@ def fresh_memory_is_nan():
 
 
 if os.environ.get('TRITON_INTERPRET') == '1':
-    # Kernels run on the CPU. Their interpreter knows bfloat16 by its bits
-    # only, and multiplies those.
+    # Kernels run on the CPU. Their interpreter has bfloat16 as bits, which it
+    # multiplies as they are, and cuts off where a card rounds.
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
 
-    create_dot = InterpreterBuilder.create_dot
+    create_dot = interpreter.InterpreterBuilder.create_dot
+    convert_float = interpreter._convert_float
 
     def widened(a):
         if a.dtype.scalar != tl.bfloat16:
             return a
         bits = a.data.astype(np.uint32) << 16
-        return TensorHandle(bits.view(np.float32), tl.float32)
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
     def create_dot_of_any(self, a, b, *args):
         return create_dot(self, widened(a), widened(b), *args)
 
-    InterpreterBuilder.create_dot = create_dot_of_any
+    def convert_by_rounding(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert_float(data, source, target, mode)
+        rounded = torch.from_numpy(data.view(np.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot_of_any
+    interpreter._convert_float = convert_by_rounding

@@ -2,9 +2,9 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/test_ops/test_kernels.py
 
-as tools/run_tests.sh does, in an environment that has Triton. With all of
-tests/test_ops in the place of this file, every test of the operation is one of
-the kernels: that takes an hour.
+as tools/run_tests.sh does, in an environment that has Triton. There, too, in
+about two minutes: that errors in low precision are at most twice those of the
+formula, of tests/test_ops/test_precision.py -k twice.
 """
 
 import json
