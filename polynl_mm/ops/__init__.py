@@ -139,7 +139,9 @@ means.
 projections overflows at magnitudes of 256. For float16 and bfloat16 input,
 everything between X and the output (S, g and M; the product, its mean and the
 gate; and their gradients) is float32, and only the N x C products run in the
-input's dtype.
+input's dtype. On a GPU, products that stand for convolutions follow the switch
+of convolutions for TF32, and for float16 and bfloat16 input those of C x C
+matrices run in TF32.
 """
 
 from __future__ import annotations

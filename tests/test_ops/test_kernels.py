@@ -31,6 +31,7 @@ from helpers import (
 from oracles import poly_nl_loop
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from polynl_mm.fusion import fuse_poly_nl
 from polynl_mm.layers import PolyNL2d
 from polynl_mm.ops.choice import BEHIND, ON_X, cost
 
@@ -419,17 +420,21 @@ def test_an_evaluated_norm_in_the_convolution(affine, bias):
 
 
 @pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
+@pytest.mark.parametrize('fused', [False, True])
 @both_forms
-def test_compiled_in_one_graph(form, backend):
-    """Within a network, by operators, the same to the last bit."""
+def test_compiled_in_one_graph(form, fused, backend, launches_cost_nothing):
+    """Within a network, by operators, the same as without a compiler."""
     torch._dynamo.reset()
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 5, 1),
-        PolyNL2d(5, beta_init=0.5, form=form),
+        torch.nn.Conv2d(3, 12, 1),
+        torch.nn.BatchNorm2d(12).eval(),
+        PolyNL2d(12, beta_init=0.5, form=form),
         torch.nn.ReLU(),
-        PolyNL2d(5, beta_init=0.5, form=form),
+        PolyNL2d(12, beta_init=0.5, form=form),
     )
-    model, x = model.double(), torch.randn(2, 3, 4, 2).double()
+    if fused:
+        assert len(fuse_poly_nl(model, trainable=True)[1].fused) == 1
+    model, x = model.double(), torch.randn(2, 3, 40, 2).double()
     graphs = []
 
     def backend_of(graph, inputs):
@@ -446,7 +451,10 @@ def test_compiled_in_one_graph(form, backend):
     for got, want in zip(*results):
         assert_near(got, want, 1e-12)
     assert len(graphs) == 1
-    assert 'polynl_mm.gate' in str(graphs[0].print_readable(False))
+    code = graphs[0].print_readable(False)
+    assert 'polynl_mm.gate' in code
+    assert ('polynl_mm.project' in code) == fused
+    assert ('polynl_mm.evaluated' in code) == fused
 
 
 # ------------------------------------------------------------ what is built
