@@ -230,8 +230,14 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return _capability(device)
 
 
-@lru_cache
+# A compiler takes what it is told for a constant.
+@torch.compiler.assume_constant_result
 def _capability(device):
+    return _asked_once(device)
+
+
+@lru_cache
+def _asked_once(device):
     if not torch.cuda.is_available():  # a tensor that only has a shape
         return None
     found = torch.cuda.get_device_properties(device)

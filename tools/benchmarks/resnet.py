@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polynl_mm.layers import PolyNL2d
-from polynl_mm.ops import Conv, Params, poly_nl_behind, project
+from polynl_mm.ops import Conv, Params, evaluated, poly_nl_behind, project
 
 # Bottlenecks of c2 to c5.
 DEPTHS = (3, 4, 6, 3)
@@ -35,10 +35,10 @@ class Before:
 
     def as_conv(self) -> Conv:
         """A and b where the layer's input is A h + b."""
-        a, norm = self.conv.weight.flatten(1), self.norm
-        scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
-        b = (a.new_zeros(len(a)) - norm.running_mean) * scale + norm.bias
-        return Conv(a * scale.unsqueeze(1), b)
+        norm = self.norm
+        kept = (norm.running_mean, norm.running_var, norm.eps)
+        a = self.conv.weight.flatten(1)
+        return evaluated(a, None, *kept, norm.weight, norm.bias)
 
     def __call__(self, h):
         """Shape: (B, c, H, W) -> (B, C, H, W)."""
