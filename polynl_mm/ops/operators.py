@@ -309,27 +309,27 @@ class _GateOf(torch.autograd.Function):
             features = x.flatten(2)
             if ctx.direct:
                 features = kept[0] = _counted(kept[0].flatten(1, 2), weights)
-            found = _gate_adjoint(
-                *(x, dg, kept, w1, w2, b1, b2, count),
-                *(ctx.direct, ctx.centred, need_x, any(need)),
-            )
+            args = (w1, w2, b1, b2, count, ctx.direct, ctx.centred)
+            with no_autocast(x):
+                found = _gate_adjoint(x, dg, kept, *args, need_x, any(need))
             found = iter(found)
             if any(need):
                 dw1, dw2 = next(found).unbind()
                 if b1 is not None:
                     db1, db2 = next(found).unbind()
             if need_x:
-                dx = torch.zeros_like(x) if dx is None else dx
                 matrix, column = next(found), next(found, None)
                 if ctx.direct:
                     matrix = matrix.mT
                 else:
                     features = _counted(features, weights)
+                dx = torch.zeros_like(x) if dx is None else dx
                 if column is not None and weights is not None:
                     columns = column.unsqueeze(2) * weights.flatten(2)
                     dx += columns.to(x.dtype).view_as(x)
                     column = None
-                _add_product(dx, matrix, features, column)
+                with no_autocast(x):
+                    _add_product(dx, matrix, features, column)
         return dx, dw1, dw2, db1, db2, *(None,) * 4
 
 
@@ -367,10 +367,11 @@ class _ApplyGate(torch.autograd.Function):
 
             found = _by_operations(by_convolutions, (x, *args), (dy,))
             return *found, None
-        found = _apply_gate_adjoint(
-            *(x, dy, g, matrix, w3, alpha, beta, b3, a, b),
-            *(need_x, any(need)),
-        )
+        with no_autocast(x):
+            found = _apply_gate_adjoint(
+                *(x, dy, g, matrix, w3, alpha, beta, b3, a, b),
+                *(need_x, any(need)),
+            )
         dx = found[-1] if need_x else None
         if not any(need):
             return dx, *(None,) * 8

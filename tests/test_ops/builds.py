@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 from polynl_mm.ops import operators  # noqa: E402
 from polynl_mm.ops import triton as kernels  # noqa: E402
 from polynl_mm.ops.gate import Params  # noqa: E402
-from polynl_mm.ops.precision import Precision  # noqa: E402
+from polynl_mm.ops.precision import policy  # noqa: E402
 
 PTXAS = Path(triton.__file__).parent / 'backends/nvidia/bin/ptxas'
 POINTER = {
@@ -94,13 +94,15 @@ def launches():
         what = described(kernel, args, meta)
         found.setdefault((kernel.__name__, str(what)), (kernel, what))
 
-    precision = Precision('tf32', 'tf32', False, False)
+    def precision_for(x):
+        return policy(x.dtype, (9, 0), convolutions=True, products=False)
+
     # Of tensors without memory, an operator would run its fake kernel.
     whole = {f'_{k}': getattr(kernels, k) for k in kernels.__all__}
     with (
         mock.patch.multiple(operators, **whole),
         mock.patch.object(kernels, 'launch', record),
-        mock.patch.object(kernels, 'precision_for', lambda x: precision),
+        mock.patch.object(kernels, 'precision_for', precision_for),
         mock.patch.object(kernels, '_processors', lambda device: 132),
     ):
         for dtype in POINTER:

@@ -192,6 +192,29 @@ def test_low_precision_under_autocast(form, dtype, door):
 
 
 @both_forms
+@pytest.mark.parametrize('door', [on_x, behind])
+def test_gradient_does_not_see_autocast(form, door, monkeypatch):
+    inputs = (
+        make_inputs((2, 5, 7, 3), True, torch.float32)
+        if door is on_x
+        else make_pair((2, 5, 7, 3), 9, True, torch.float32)
+    )
+    y = door(*inputs, form=form)
+    launch, seen = triton.launch, []
+
+    def look(kernel, *args, **meta):
+        seen.append((kernel.__name__, torch.is_autocast_enabled('cpu')))
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(triton, 'launch', look)
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.autograd.grad(y, [inputs[0], inputs[3]], torch.randn_like(y))
+    # The projections know no features that could tell.
+    behind_x = [on for name, on in seen if name.startswith(('fold', 'gate'))]
+    assert behind_x and not any(behind_x)
+
+
+@both_forms
 @pytest.mark.parametrize('shared', [False, True])
 def test_weights_of_positions_and_a_pool(form, shared):
     inputs = make_inputs((2, 5, 7, 3), bias=True)
