@@ -8,8 +8,8 @@ All of the mathematics is in this package, and it needs only torch:
 - ``moments``: what touches every position, and its gradient;
 - ``gate``: the C x C algebra, and its gradient;
 - ``autograd``: both together, as the two steps that autograd is told of;
-- ``triton``: both on a GPU, in few launches, and ``operators``, the same steps
-  of these;
+- ``triton``: both on a GPU, by ``kernels`` of few launches, and ``operators``,
+  the same steps of these;
 - ``choice``: what each form costs, and which is taken;
 - ``precision``: what depends on torch's version or mode.
 
