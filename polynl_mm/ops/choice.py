@@ -147,7 +147,7 @@ _LEAN = {
     # As on X, and X of H; its gradient, and that of A and b.
     Form('direct', behind=True): ((2, 5, 7), (8, 12, 25)),
     # m, H - m, S, Y; dA', db', two terms of dH.
-    Form('gram', behind=True): ((5, 1, 7), (10, 4, 26)),
+    Form('gram', behind=True): ((5, 1, 8), (10, 4, 27)),
 }
 
 # A layer asks the same at every call.

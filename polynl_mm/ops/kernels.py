@@ -26,6 +26,13 @@ __all__ = [
 
 
 @triton.jit
+def rounded(x):
+    """float32 to the nearest of TF32: tensor cores cut off what is beyond."""
+    bits = x.to(tl.int32, bitcast=True) + 0x1000
+    return (bits & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def product_kernel(
     a,
     b,
@@ -56,6 +63,7 @@ def product_kernel(
     column_image,
     u_pair,
     PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     ACC: tl.constexpr,
     BI: tl.constexpr,
@@ -102,6 +110,9 @@ def product_kernel(
         at_b = b + term * b_term + start.to(tl.int64) * b_k
         left = tl.load(at_a + in_a, is_row[:, None] & there[None, :], 0.0)
         right = tl.load(at_b + in_b, there[:, None] & is_column[None, :], 0.0)
+        if ROUND:
+            left = rounded(left)
+            right = rounded(right)
         total = tl.dot(
             left, right, total, input_precision=PRECISION, out_dtype=ACC
         )
@@ -198,7 +209,9 @@ def gate_of_pair_kernel(
         x = tl.load(u + at, inside, 0.0).to(ACC)
         y = tl.load(v + at, inside, 0.0).to(ACC)
         if weights is not None:
-            weight = tl.load(weights + image * weights_image + at, inside, 0.0)
+            weight = tl.load(
+                weights + image.to(tl.int64) * weights_image + at, inside, 0.0
+            )
             gate += x * y * weight
             x *= weight
             y *= weight
@@ -384,24 +397,16 @@ def centre_kernel(
     BI: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """m[b, i], the mean of x[b, i] over positions, and z = x - m."""
-    image = tl.program_id(1)
+    """z[b, i] = x[b, i] - m[b, i]."""
+    image = tl.program_id(2)
     i = tl.program_id(0) * BI + tl.arange(0, BI)
-    n = tl.arange(0, BN).to(tl.int64)
-    total = tl.zeros((BI, BN), ACC)
+    n = tl.program_id(1) * BN + tl.arange(0, BN).to(tl.int64)
+    inside = (i < channels)[:, None] & (n < positions)[None, :]
+    mean = tl.load(m + image * channels + i, i < channels, 0.0)
     at = x + image.to(tl.int64) * x_image + i.to(tl.int64)[:, None] * x_i
-    for start in range(0, positions, BN):
-        inside = (i < channels)[:, None] & (start + n < positions)[None, :]
-        one = tl.load(at + (start + n)[None, :] * x_n, inside, 0.0)
-        total += one.to(ACC)
-    mean = tl.sum(total, 1) / positions
-    tl.store(m + image * channels + i, mean, i < channels)
-    to = z + image.to(tl.int64) * z_image + i.to(tl.int64)[:, None] * z_i
-    for start in range(0, positions, BN):
-        inside = (i < channels)[:, None] & (start + n < positions)[None, :]
-        one = tl.load(at + (start + n)[None, :] * x_n, inside, 0.0)
-        one = (one.to(ACC) - mean[:, None]).to(z.dtype.element_ty)
-        tl.store(to + (start + n)[None, :] * z_n, one, inside)
+    one = tl.load(at + n[None, :] * x_n, inside, 0.0).to(ACC) - mean[:, None]
+    at = z + image.to(tl.int64) * z_image + i.to(tl.int64)[:, None] * z_i
+    tl.store(at + n[None, :] * z_n, one.to(z.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -522,23 +527,23 @@ def fold_sums_kernel(
     images,
     channels,
     ACC: tl.constexpr,
+    BT: tl.constexpr,
     BJ: tl.constexpr,
 ):
     """Sums over the tiles of fold_adjoint_kernel."""
     j = tl.program_id(0) * BJ + tl.arange(0, BJ)
     inside = j < channels
     scale = tl.load(beta)
+    ti = tl.arange(0, BT)
+    within = (ti < tiles_i)[:, None] & inside[None, :]
     for image in range(images):
-        total = tl.zeros((BJ,), ACC)
-        for ti in range(tiles_i):
-            at = (ti * images + image) * channels + j
-            total += tl.load(of_gain + at, inside, 0.0)
+        tile = (ti * images + image)[:, None] * channels + j[None, :]
+        total = tl.sum(tl.load(of_gain + tile, within, 0.0), 0)
         tl.store(dg + image * channels + j, scale * total, inside)
     if of_b is not None:
-        total = tl.zeros((BJ,), ACC)
-        for ti in range(tiles_i):
-            total += tl.load(of_b + ti * channels + j, inside, 0.0)
-        tl.store(db + j, total, inside)
+        tile = ti[:, None] * channels + j[None, :]
+        found = tl.sum(tl.load(of_b + tile, within, 0.0), 0)
+        tl.store(db + j, found, inside)
     if b3 is not None:
         total = tl.zeros((BJ,), ACC)
         for image in range(images):

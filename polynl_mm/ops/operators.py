@@ -167,7 +167,8 @@ def _apply_gate_adjoint(
 ):
     found = []
     if need_w:
-        found += [torch.empty_like(g), torch.empty_like(w3), w3.new_empty(2)]
+        found += [w3.new_empty(g.shape), torch.empty_like(w3)]
+        found.append(w3.new_empty(2))
         found += [torch.empty_like(t) for t in (b3, a, b) if t is not None]
     if need_x:
         found.append(empty_like(x, x.shape[1]))
@@ -323,7 +324,8 @@ class _GateOf(torch.autograd.Function):
                     matrix = matrix.mT
                 else:
                     features = _counted(features, weights)
-                dx = torch.zeros_like(x) if dx is None else dx
+                if dx is None:
+                    dx = empty_like(x, x.shape[1]).zero_()
                 if column is not None and weights is not None:
                     columns = column.unsqueeze(2) * weights.flatten(2)
                     dx += columns.to(x.dtype).view_as(x)

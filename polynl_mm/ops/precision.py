@@ -27,8 +27,10 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 # A product of low precision may have a result of float32: torch >= 2.8.
 BMM_WIDENS = hasattr(torch.ops.aten.bmm, 'dtype')
 # Operators that may be made in Python came with torch 2.4.
-_HAS_TRITON = find_spec('triton') is not None and hasattr(
-    torch.library, 'custom_op'
+_HAS_TRITON = (
+    find_spec('triton') is not None
+    and hasattr(torch.library, 'custom_op')
+    and os.environ.get('POLYNL_KERNELS') != '0'
 )
 _INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
@@ -255,11 +257,12 @@ def has_kernels(x: Tensor) -> bool:
     They are for tensor cores: an NVIDIA GPU that has TF32; float16, bfloat16,
     or float32 where convolutions may run in TF32. They need Triton, the
     interpreter of which runs them on a CPU. A program that is to run anywhere
-    (traced, exported) has none of them.
+    (traced, exported) has none of them; nor has anybody who sets
+    POLYNL_KERNELS=0 before the package is imported.
     """
     if not _HAS_TRITON or is_for_every_size():
         return False
-    if x.device.type != 'cuda':
+    if _INTERPRETED or x.device.type != 'cuda':
         return _INTERPRETED and x.device.type == 'cpu'
     return precision_for(x).algebra == 'tf32'
 

@@ -156,8 +156,13 @@ def _multiply(
     column: Tensor | None = None,
     outer: tuple[Tensor, int, Tensor] | None = None,
     symmetric: bool = False,
+    features: bool = False,
 ) -> Tensor:
-    """product_kernel, its result in y."""
+    """product_kernel, its result in y.
+
+    In TF32 operands are rounded, but for products with features: those would
+    wait for it, and what is cut off of so many positions is little.
+    """
     rows, columns = y.rows, y.columns
     large = -(-rows // 128) * -(-columns // 128) * images * pairs
     tile = 128 if large >= _processors(y.data.device) else 64
@@ -175,6 +180,7 @@ def _multiply(
         0 if column is None or column.dim() == 1 else column.stride(0),
         u_pair,
         PRECISION=precision,
+        ROUND=precision == 'tf32' and not features,
         SYMMETRIC=symmetric,
         ACC=acc,
         BI=tile,
@@ -210,6 +216,7 @@ def _contract(p: Tensor, q: Tensor, symmetric: bool = False) -> Tensor:
             *(_matrices(y, 'image'), a, b, precision),
             images=images,
             symmetric=symmetric,
+            features=True,
         )
     part = triton.cdiv(triton.cdiv(depth, parts), 64) * 64
     parts = triton.cdiv(depth, part)
@@ -223,6 +230,7 @@ def _contract(p: Tensor, q: Tensor, symmetric: bool = False) -> Tensor:
         pairs=parts,
         part=part,
         symmetric=symmetric,
+        features=True,
     )
     return y.sum(0)
 
@@ -239,7 +247,10 @@ def _apply(
     A column (B, C) or (C,) is added to every position.
     """
     yf = y.view(*y.shape[:2], xf.shape[2])
-    if _by_torch(xf) and column is None:
+    if _by_torch(xf) and (column is None or not _is_aligned(xf, yf)):
+        if column is not None:
+            (yf.add_ if add else yf.copy_)(column.unsqueeze(2))
+            add = True
         if yf.is_contiguous():
             matmul_into(yf, matrix, xf, add)
         else:
@@ -253,8 +264,15 @@ def _apply(
             images=len(xf),
             column=column,
             add=yf if add else None,
+            features=True,
         )
     return y
+
+
+def _is_aligned(*tensors: Tensor) -> bool:
+    """Whether Triton can tell that rows begin where wide loads may."""
+    strides = (step for t in tensors for step in t.stride())
+    return all(step == 1 or step % 16 == 0 for step in strides)
 
 
 # ---------------------------------------------------------------- the gate
@@ -357,19 +375,21 @@ def _mean(x, weights, count, centred):
         m = (xf * weights.flatten(2)).sum(2) / count
         z = (xf - m.unsqueeze(2)).to(x.dtype) if centred else xf
         return m, z
+    m = xf.mean(2, dtype=dtype)
     if not centred:
-        return xf.mean(2, dtype=dtype), xf
+        return m, xf
     images, channels, n = xf.shape
-    m, z = x.new_empty(images, channels, dtype=dtype), empty_like(x, channels)
+    z = empty_like(x, channels)
     zf = z.flatten(2)
     inner = xf.stride(1) == 1 and n > 1  # channels last
+    bi, bn = (64, 64) if inner else (1, _block(n, 2048))
     launch(
         centre_kernel,
-        (triton.cdiv(channels, 16 if inner else 1), images),
+        (triton.cdiv(channels, bi), triton.cdiv(n, bn), images),
         *(xf, m, zf, channels, n, *xf.stride(), *zf.stride()),
         ACC=_acc(m),
-        BI=16 if inner else 1,
-        BN=64 if inner else _block(n, 2048),
+        BI=bi,
+        BN=bn,
     )
     return m, zf
 
@@ -473,13 +493,13 @@ def add_product(
 def _columns(y, q, w1, w2, n=1, count=None, e=None, m=None) -> None:
     """columns_kernel, its result in y (B, c)."""
     rows, columns = w1.shape
-    block = _block(columns, 64)
+    block = _block(columns, 16)
     launch(
         columns_kernel,
         (triton.cdiv(columns, block), len(y)),
         *(w1, q, e, m, count, y, 2, rows, columns, n, _distance(w1, w2)),
         ACC=_acc(w1),
-        BI=64,
+        BI=256,
         BJ=block,
     )
 
@@ -594,7 +614,7 @@ def _fold_adjoint(xf, dyf, g, w3, alpha, beta, b3, a, b):
     of_gain = w3.new_empty(tiles[0], images, channels)
     of_b = None if b is None else w3.new_empty(tiles[0], channels)
     of_scalars = w3.new_empty(2, *tiles)
-    dg, dw3 = torch.empty_like(g), torch.empty_like(w3)
+    dg, dw3 = w3.new_empty(g.shape), torch.empty_like(w3)
     db = None if b is None else torch.empty_like(b)
     db3 = None if b3 is None else torch.empty_like(b3)
     dscalars = w3.new_empty(2)
@@ -610,12 +630,13 @@ def _fold_adjoint(xf, dyf, g, w3, alpha, beta, b3, a, b):
     )
     launch(
         fold_sums_kernel,
-        (triton.cdiv(channels, 128),),
+        (triton.cdiv(channels, 32),),
         *(of_gain, of_b, of_scalars, dcolumn, beta, b3),
         *(dg, db, db3, dscalars, tiles[0], tiles[0] * tiles[1]),
         *(images, channels),
         ACC=_acc(w3),
-        BJ=128,
+        BT=triton.next_power_of_2(tiles[0]),
+        BJ=32,
     )
     found = [d for d in (dg, dw3, dscalars, db3) if d is not None]
     if a is not None:

@@ -33,7 +33,8 @@ def fresh_memory_is_nan():
 
 if os.environ.get('TRITON_INTERPRET') == '1':
     # Kernels run on the CPU. Their interpreter has bfloat16 as bits, which it
-    # multiplies as they are, and cuts off where a card rounds.
+    # multiplies as they are, and cuts off where a card rounds; of TF32, which
+    # tensor cores cut off of float32, it knows nothing.
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -47,8 +48,17 @@ if os.environ.get('TRITON_INTERPRET') == '1':
         bits = a.data.astype(np.uint32) << 16
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
-    def create_dot_of_any(self, a, b, *args):
-        return create_dot(self, widened(a), widened(b), *args)
+    def cut_off(a):
+        bits = a.data.view(np.uint32) & 0xFFFFE000
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot_of_any(self, a, b, total, precision, *args):
+        a, b = widened(a), widened(b)
+        if precision == interpreter._ir.INPUT_PRECISION.TF32 and (
+            a.dtype.scalar == tl.float32
+        ):
+            a, b = cut_off(a), cut_off(b)
+        return create_dot(self, a, b, total, precision, *args)
 
     def convert_by_rounding(data, source, target, mode):
         if (source, target) != (tl.float32, tl.bfloat16):
