@@ -232,10 +232,13 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return _capability(device)
 
 
-# A compiler takes what it is told for a constant.
-@torch.compiler.assume_constant_result
 def _capability(device):
     return _asked_once(device)
+
+
+# A compiler takes what it is told for a constant. As
+# torch.compiler.assume_constant_result, which loads the compiler for it.
+_capability._dynamo_marked_constant = True
 
 
 @lru_cache
