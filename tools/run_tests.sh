@@ -2,7 +2,7 @@
 # Set up and run the whole suite; arguments go to pytest. The kernels for a GPU
 # come last, on the CPU by Triton's interpreter, in an environment that is the
 # same but for Triton and the numpy that this interpreter knows; not where the
-# arguments name tests.
+# first argument names tests.
 set -euo pipefail
 # shellcheck source=tools/setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" \
