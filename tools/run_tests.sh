@@ -12,7 +12,7 @@ cd "$ROOT"
 python -m ruff check .
 python -m ruff format --check .
 python -m pytest "$@"
-if (($#)) && [[ $1 != -* || $(uname -s) != Linux ]]; then
+if [[ $(uname -s) != Linux || ${1:--} != -* ]]; then
     exit
 fi
 
@@ -21,10 +21,10 @@ site() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 if ! "$KERNELS/bin/python" -c 'import triton' 2> /dev/null; then
     say "making an environment with Triton in $KERNELS"
     python -m venv --without-pip "$KERNELS"
-    # All that is not found there is that of the environment of the suite.
-    site python > "$(site "$KERNELS/bin/python")/suite.pth"
     python -m pip --python "$KERNELS/bin/python" install -qq --no-deps \
         triton==3.6.0 'numpy<2.4' || die "pip could not install Triton"
 fi
+# All that is not found there is that of the environment of the suite.
+site python > "$(site "$KERNELS/bin/python")/suite.pth"
 TRITON_INTERPRET=1 exec "$KERNELS/bin/python" -m pytest \
     tests/test_ops/test_kernels.py

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import triton
-from .gate import Conv, Params, gate_of_projections, gated
+from .gate import Conv, Params, gate_of_projections, gated, normed
 from .moments import empty_like
 from .precision import (
     convolution,
@@ -229,15 +229,24 @@ def _evaluated_adjoint(w, da, db, bias, mean, variance, eps, weight):
 # -------------------------------------------------------------------- steps
 
 
+def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As the kernels read weights and biases: one element after the other."""
+    return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
 def _by_operations(f, inputs: tuple, grads: tuple) -> list[Tensor | None]:
     """The gradients of f by operations that have a gradient themselves."""
     with torch.enable_grad(), no_autocast(inputs[0]):
-        y = f(*inputs)
+        results = f(*inputs)
+        if isinstance(results, Tensor):
+            results = (results,)
+        # One that depends on none of what is wanted has no gradient to give.
+        pairs = [(y, dy) for y, dy in zip(results, grads) if y.requires_grad]
         wanted = [t is not None and t.requires_grad for t in inputs]
         found = torch.autograd.grad(
-            y,
+            [y for y, _ in pairs],
             [t for t, is_wanted in zip(inputs, wanted) if is_wanted],
-            grads,
+            [dy for _, dy in pairs],
             create_graph=True,
             allow_unused=True,
         )
@@ -263,8 +272,7 @@ def gate_of(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`polynl_mm.ops.autograd.gate_of`."""
     count = n if isinstance(n, Tensor) else None
-    w1, w2 = p.w1.contiguous(), p.w2.contiguous()
-    args = (w1, w2, p.b1, p.b2, weights, count, direct, centred)
+    args = (*_dense(p.w1, p.w2, p.b1, p.b2), weights, count, direct, centred)
     if not wants_grad(x, p.w1, p.w2, p.b1, p.b2):
         return _gate(x, *args, False)[0], x
     g, through = _GateOf.apply(x, *args)
@@ -339,9 +347,8 @@ def apply_gate(
     g: Tensor, p: Params, conv: Conv | None, x: Tensor, direct: bool
 ) -> Tensor:
     """As :func:`polynl_mm.ops.autograd.apply_gate`."""
-    a, b = conv or (None, None)
-    args = (g, p.w3.contiguous(), p.alpha, p.beta, p.b3)
-    args += (a if a is None else a.contiguous(), b)
+    args = (p.w3, p.alpha, p.beta, p.b3, *(conv or (None, None)))
+    args = (g, *_dense(*args))
     if wants_grad(x, *args):
         return _ApplyGate.apply(x, *args, direct)
     return _apply_gate(x, *args)[0]
@@ -386,10 +393,8 @@ class _ApplyGate(torch.autograd.Function):
 def project(conv: Conv, p: Params) -> Params:
     """As :func:`polynl_mm.ops.project`."""
     dtype = p.w1.dtype
-    args = (p.w1, p.w2, *conv, p.b1, p.b2)
-    args = tuple(
-        t if t is None else t.to(float_dtype(dtype)).contiguous() for t in args
-    )
+    args = _dense(p.w1, p.w2, *conv, p.b1, p.b2)
+    args = tuple(t if t is None else t.to(float_dtype(dtype)) for t in args)
     if wants_grad(*args):
         made = _Project.apply(*args)
     else:
@@ -423,17 +428,9 @@ class _Project(torch.autograd.Function):
         return *found, dq1 if need1 else None, dq2 if need2 else None
 
 
-def evaluated(
-    w: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    offset: Tensor | None,
-) -> Conv:
+def evaluated(w, bias, mean, variance, eps, weight, offset) -> Conv:
     """As :func:`polynl_mm.ops.evaluated`."""
-    args = (w.contiguous(), bias, mean, variance, eps, weight, offset)
+    args = (*_dense(w, bias, mean, variance), eps, *_dense(weight, offset))
     if wants_grad(w, bias, weight, offset):
         return Conv(*_Evaluated.apply(*args))
     return Conv(*_evaluated(*args))
@@ -442,22 +439,29 @@ def evaluated(
 class _Evaluated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        *args, offset = args
-        w, bias, mean, variance, ctx.eps, weight = args
-        ctx.save_for_backward(w, bias, mean, variance, weight)
-        return tuple(_evaluated(*args, offset))
+        w, bias, mean, variance, ctx.eps, *affine = args
+        ctx.save_for_backward(w, bias, mean, variance, *affine)
+        return tuple(_evaluated(*args))
 
     @staticmethod
     def backward(ctx, da, db):
-        w, bias, mean, variance, weight = ctx.saved_tensors
-        refuse_second_derivative()
+        w, bias, mean, variance, weight, offset = ctx.saved_tensors
+        if torch.is_grad_enabled() and not is_recorded():
+
+            def by_operations(w, bias, weight, offset):
+                kept = (mean, variance, ctx.eps)
+                return normed(w, bias, *kept, weight, offset)
+
+            dw, dbias, *daffine = _by_operations(
+                by_operations, (w, bias, weight, offset), (da, db)
+            )
+            return dw, dbias, None, None, None, *daffine
         found = _evaluated_adjoint(
             w, da, db, bias, mean, variance, ctx.eps, weight
         )
         found = iter(found)
-        dw = next(found)
-        dbias, dweight = (
-            None if t is None else next(found) for t in (bias, weight)
+        dw, dbias, dweight = (
+            None if t is None else next(found) for t in (w, bias, weight)
         )
         doffset = db if ctx.needs_input_grad[6] else None
         return dw, dbias, None, None, None, dweight, doffset

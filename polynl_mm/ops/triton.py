@@ -52,6 +52,7 @@ from .moments import empty_like
 from .precision import (
     BMM_WIDENS,
     HALF,
+    Precision,
     float_dtype,
     matmul,
     matmul_into,
@@ -160,8 +161,8 @@ def _multiply(
 ) -> Tensor:
     """product_kernel, its result in y.
 
-    In TF32 operands are rounded, but for products with features: those would
-    wait for it, and what is cut off of so many positions is little.
+    In TF32 operands are rounded, but for those with features, which would
+    wait for it: cut off as they are, such a product is up to 1e-3 too small.
     """
     rows, columns = y.rows, y.columns
     large = -(-rows // 128) * -(-columns // 128) * images * pairs
@@ -192,15 +193,15 @@ def _multiply(
     return y.data
 
 
-def _by_torch(x: Tensor) -> bool:
+def _by_torch(x: Tensor, precision: Precision) -> bool:
     """Whether cuBLAS, asked by torch, runs a product with x as it should."""
-    return x.is_cuda and precision_for(x).products_by_torch
+    return x.is_cuda and precision.products_by_torch
 
 
 def _contract(p: Tensor, q: Tensor, symmetric: bool = False) -> Tensor:
     """P Q^T of (B, C, N) and (B, c, N): (B, C, c), at least float32."""
-    precision = precision_for(p).products
-    if _by_torch(p) and (p.dtype not in HALF or BMM_WIDENS):
+    precision = precision_for(p)
+    if _by_torch(p, precision) and (p.dtype not in HALF or BMM_WIDENS):
         return matmul(p, q.mT)
     images, rows, depth = p.shape
     columns = q.shape[1]
@@ -213,7 +214,7 @@ def _contract(p: Tensor, q: Tensor, symmetric: bool = False) -> Tensor:
     if parts < 2:
         y = p.new_empty((images, rows, columns), dtype=dtype)
         return _multiply(
-            *(_matrices(y, 'image'), a, b, precision),
+            *(_matrices(y, 'image'), a, b, precision.products),
             images=images,
             symmetric=symmetric,
             features=True,
@@ -225,7 +226,7 @@ def _contract(p: Tensor, q: Tensor, symmetric: bool = False) -> Tensor:
         _matrices(y, 'pair', 'image'),
         a._replace(pair=part * a.j),
         b._replace(pair=part * b.i),
-        precision,
+        precision.products,
         images=images,
         pairs=parts,
         part=part,
@@ -246,10 +247,12 @@ def _apply(
 
     A column (B, C) or (C,) is added to every position.
     """
-    yf = y.view(*y.shape[:2], xf.shape[2])
-    if _by_torch(xf) and (column is None or not _is_aligned(xf, yf)):
+    yf, precision = y.view(*y.shape[:2], xf.shape[2]), precision_for(xf)
+    if _by_torch(xf, precision) and (
+        column is None or not _is_aligned(xf, yf)
+    ):
         if column is not None:
-            (yf.add_ if add else yf.copy_)(column.unsqueeze(2))
+            (yf.add_ if add else yf.copy_)(column.unsqueeze(-1))
             add = True
         if yf.is_contiguous():
             matmul_into(yf, matrix, xf, add)
@@ -260,7 +263,7 @@ def _apply(
             _matrices(yf, 'image'),
             _matrices(matrix, 'image'),
             _matrices(xf, 'image'),
-            precision_for(xf).products,
+            precision.products,
             images=len(xf),
             column=column,
             add=yf if add else None,
