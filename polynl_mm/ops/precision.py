@@ -258,7 +258,8 @@ def has_kernels(x: Tensor) -> bool:
     """Whether kernels of our own are for features such as x.
 
     They are for tensor cores: an NVIDIA GPU that has TF32; float16, bfloat16,
-    or float32 where convolutions may run in TF32. They need Triton, the
+    or float32 where convolutions may run in TF32, or where they may not and
+    torch's products would all the same. They need Triton, the
     interpreter of which runs them on a CPU. A program that is to run anywhere
     (traced, exported) has none of them; nor has anybody who sets
     POLYNL_KERNELS=0 before the package is imported.
@@ -267,7 +268,8 @@ def has_kernels(x: Tensor) -> bool:
         return False
     if _INTERPRETED or x.device.type != 'cuda':
         return _INTERPRETED and x.device.type == 'cpu'
-    return precision_for(x).algebra == 'tf32'
+    found = precision_for(x)
+    return found.algebra == 'tf32' or not found.products_by_torch
 
 
 # ---------------------------------------------------------------- autocast

@@ -304,7 +304,10 @@ def test_older_torch(monkeypatch):
         (dict(_capability=lambda device: (7, 5)), torch.bfloat16, False),
         (dict(_capability=lambda device: None), torch.bfloat16, False),
         (dict(switches=lambda: (False, True)), torch.bfloat16, True),
-        (dict(switches=lambda: (False, True)), torch.float32, False),
+        (dict(switches=lambda: (False, False)), torch.float32, False),
+        # Where torch's products would run in what convolutions may not.
+        (dict(switches=lambda: (False, True)), torch.float32, True),
+        (dict(switches=lambda: (False, True)), torch.float64, False),
     ],
 )
 def test_who_has_kernels(change, dtype, expected, monkeypatch):
