@@ -165,8 +165,11 @@ def _multiply(
     wait for it: cut off as they are, such a product is up to 1e-3 too small.
     """
     rows, columns = y.rows, y.columns
-    large = -(-rows // 128) * -(-columns // 128) * images * pairs
-    tile = 128 if large >= _processors(y.data.device) else 64
+    large = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) * images * pairs
+    # Without tensor cores, a tile of 128 takes more registers than there are.
+    exact = precision == 'ieee' and a.data.dtype not in HALF
+    large = large >= _processors(y.data.device) and not exact
+    tile = 128 if large else 64
     acc = tl.float64 if a.data.dtype == torch.float64 else tl.float32
     u, u_pair, v = outer or (None, 0, None)
     tiles = triton.cdiv(rows, tile) * triton.cdiv(columns, tile)

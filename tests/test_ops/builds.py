@@ -94,8 +94,10 @@ def launches():
         what = described(kernel, args, meta)
         found.setdefault((kernel.__name__, str(what)), (kernel, what))
 
+    tf32 = True
+
     def precision_for(x):
-        return policy(x.dtype, (9, 0), convolutions=True, products=False)
+        return policy(x.dtype, (9, 0), convolutions=tf32, products=not tf32)
 
     # Of tensors without memory, an operator would run its fake kernel.
     whole = {f'_{k}': getattr(kernels, k) for k in kernels.__all__}
@@ -112,6 +114,9 @@ def launches():
                     run(dtype, 2, 512, 16800, 2048, True, direct, train)
             run(dtype, 2, 2048, 1050, None, False, True, True)
             run(dtype, 1, 67, 131, 203, True, False, True)
+        tf32 = False
+        for direct in (False, True):
+            run(torch.float32, 2, 512, 16800, 2048, True, direct, True)
     return list(found.values())
 
 
