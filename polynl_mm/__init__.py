@@ -18,6 +18,7 @@ _HOME_OF = {
     'fuse_poly_nl': '.fusion',
     'insert_blocks': '.insertion',
     'poly_nl': '.ops',
+    'shared_context': '.context',
 }
 
 

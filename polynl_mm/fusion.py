@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from .insertion import inserted_after, moved_norm, norms_of_convs
-from .layers import PolyNL, StateDictMismatch
+from .layers import InContext, PolyNL, StateDictMismatch
 from .ops import (
     Conv,
     Params,
@@ -150,7 +150,7 @@ def fuse_poly_nl(
     return model, report
 
 
-class FusedPolyNL(nn.Module):
+class FusedPolyNL(InContext, nn.Module):
     """A Poly-NL layer and the 1x1 convolution before it, for inference.
 
     Made by :func:`fuse_poly_nl`. Its buffers are a and b of the convolution
@@ -174,7 +174,7 @@ class FusedPolyNL(nn.Module):
     def __init__(self, layer: PolyNL, conv: Conv) -> None:
         """Make the constants; see the class."""
         super().__init__()
-        self.pool = layer.pool
+        self.around = layer.around
         self.out_channels, self.in_channels = conv.a.shape
         # Made once: in double precision, so that rounding them adds nothing.
         p = Params(*(None if t is None else t.double() for t in layer.params))
@@ -194,8 +194,9 @@ class FusedPolyNL(nn.Module):
         conv = Conv(self.a, self.b)
         p = Params(*(getattr(self, name) for name in Params._fields))
         if self.behind:
-            return poly_nl_behind(h, conv, p, pool=self.pool)
-        return poly_nl(convolution(h, *conv), p, pool=self.pool)
+            return poly_nl_behind(h, conv, p, **self._around(h))
+        x = convolution(h, *conv)
+        return poly_nl(x, p, **self._around(x))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Raised, not collected: mmengine only logs what is collected.

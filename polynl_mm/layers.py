@@ -19,6 +19,8 @@ from .ops.choice import BEHIND, ON_X, choose_for
 from .ops.precision import autocast_dtype, no_autocast
 
 __all__ = [
+    'Around',
+    'InContext',
     'PolyNL',
     'PolyNL1d',
     'PolyNL2d',
@@ -48,7 +50,33 @@ class Source(Protocol):
         """Compute X."""
 
 
-class PolyNL(nn.Module):
+Around = Callable[
+    [nn.Module, Tensor],
+    'tuple[Callable[[Tensor], Tensor] | None, Tensor | None]',
+]
+
+
+class InContext:
+    """What a layer and its fused form have in common: they have a gate.
+
+    Attributes:
+        around (callable, optional): What lies around the positions of a call:
+            given the layer and its input, returns ``pool`` and ``weights`` of
+            :func:`polynl_mm.ops.poly_nl`, or None for either. It is what
+            :func:`polynl_mm.shared_context` sets.
+    """
+
+    around: Around | None = None
+
+    def _around(self, x: Tensor) -> dict:
+        """Arguments of the operation."""
+        if self.around is None:
+            return {}
+        pool, weights = self.around(self, x)
+        return dict(pool=pool, weights=weights)
+
+
+class PolyNL(InContext, nn.Module):
     r"""Poly-NL layer, a non-local block of linear complexity.
 
     The base of :class:`PolyNL1d`, :class:`PolyNL2d` and :class:`PolyNL3d`.
@@ -86,8 +114,7 @@ class PolyNL(nn.Module):
             are the same in each.
 
     Attributes:
-        pool (callable, optional): Given the gate (B, in_channels) of a call,
-            returns the one to go on with, see :func:`polynl_mm.ops.poly_nl`.
+        around (callable, optional): See :class:`InContext`.
         source (Source, optional): The convolution before, where the layer is
             to compute it as well; what comes in is then the input of that.
 
@@ -102,7 +129,6 @@ class PolyNL(nn.Module):
     """
 
     _abbr_ = 'poly_nl'
-    pool: Callable[[Tensor], Tensor] | None = None
     source: Source | None = None
     _conv: type
     _spatial_dims: int
@@ -223,10 +249,12 @@ class PolyNL(nn.Module):
             form = choose_for(x, forms, x.shape[1], out, backward=True)
             if conv is not None and form.behind:
                 p = project(conv, self.params)
-                return poly_nl_behind(x, conv, p, form.name, self.pool)
+                around = self._around(x)
+                return poly_nl_behind(x, conv, p, form.name, **around)
             x = self.source(x)
+        around = self._around(x)
         if self.norm is None:
-            return poly_nl(x, self.params, self.form, self.pool)
+            return poly_nl(x, self.params, self.form, **around)
         # The branch is cubic in x: until it is normalised, it may exceed what
         # float16 holds, whatever the size of x and Y.
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -235,7 +263,7 @@ class PolyNL(nn.Module):
             p = Params(
                 *(t.to(dtype) if isinstance(t, Tensor) else t for t in p)
             )
-            branch = poly_nl(x.to(dtype), p, self.form, self.pool)
+            branch = poly_nl(x.to(dtype), p, self.form, **around)
             like = next(self.norm.parameters(), branch)
             branch = self.norm(branch.to(like.dtype))
             y = self.alpha * x + self.beta * branch

@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'polynl_mm'
 
 LAYER = {'ops', 'layers', 'registry'}
-BLOCK = LAYER | {'insertion', 'fusion'}
+BLOCK = LAYER | {'context', 'insertion', 'fusion'}
 # Which other rooms each may import. One task never imports another.
 MAY_IMPORT = {
     'ops': set(),
     'layers': {'ops'},
     'registry': {'layers'},
+    'context': {'layers'},
     'insertion': LAYER,
     'fusion': LAYER | {'insertion'},
     'faces': BLOCK,
@@ -28,7 +29,11 @@ MAY_IMPORT = {
 }
 # What a room may import from elsewhere, beside the standard library, where
 # that is not left to it.
-ELSEWHERE = {'ops': {'torch', 'triton'}, 'layers': {'torch', 'mmcv'}}
+ELSEWHERE = {
+    'ops': {'torch', 'triton'},
+    'layers': {'torch', 'mmcv'},
+    'context': {'torch'},
+}
 
 
 def users():

@@ -1,0 +1,973 @@
+r"""One gate for several calls: windows, processes, frames, crops of an image.
+
+All that a position of a Poly-NL layer knows of the others is the gate g, a
+mean over positions: C numbers an image and layer (:mod:`polynl_mm.ops`). So a
+layer on a part of an image is exactly that on the whole once
+
+.. math::
+    g = \textstyle\sum_k a_k\, g_k \,/\, \sum_k a_k
+
+is taken over the parts k, :math:`a_k` the area that part k counts for.
+Where parts overlap, every position counts in one of them: weights (``weights``
+of :func:`polynl_mm.ops.poly_nl`) leave the rest out of :math:`g_k`. What
+remains of the borders between parts is that of the convolutions.
+
+:func:`shared_context` has the layers of a model take part, in
+
+- :class:`Windows`: windows of one image, one after the other;
+- :class:`Processes`: parts of one image, each in a process of its own;
+- :class:`Frames`: the frames of a video;
+- :class:`Crops`: crops of several images, in one batch.
+
+mmcv's ``ContextBlock`` (GCNet) pools by a softmax over positions. Its sums of
+exponentials take the place of the areas: C + 1 numbers.
+
+Only torch is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import chain, product
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .layers import InContext
+
+__all__ = [
+    'Crops',
+    'Frames',
+    'Processes',
+    'Window',
+    'WindowError',
+    'Windows',
+    'bands',
+    'grid',
+    'shared_context',
+]
+
+MIB = 2**20
+
+
+# ------------------------------------------------------------ parts of images
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of an image.
+
+    Attributes:
+        box: x1, y1, x2, y2, in pixels of the image: what the model is given.
+        core: The same of the part of it that counts in the gate; those of all
+            windows of an image tile it. May lie between pixels.
+    """
+
+    box: tuple[int, int, int, int]
+    core: tuple[float, float, float, float]
+
+    @property
+    def area(self) -> float:
+        """Of the core, in pixels of the image."""
+        x1, y1, x2, y2 = self.core
+        return (x2 - x1) * (y2 - y1)
+
+    def weights(self, x: Tensor) -> Tensor | None:
+        """What each position of a feature map of the window counts.
+
+        Args:
+            x (Tensor): (B, C, ..., h, w), a map of the whole box, evenly.
+
+        Returns:
+            Tensor: (1, ..., h, w), the share in [0, 1] of each position's
+            cell that is in the core; None where all of it is.
+
+        Raises:
+            RuntimeError: ``x`` has one spatial axis, from which it can not be
+                told where a position lies.
+        """
+        if self.core == self.box:
+            return None
+        if x.dim() < 4:
+            raise RuntimeError(
+                f'features of shape {tuple(x.shape)} have no height and width:'
+                ' which of them lie where windows overlap can not be told; '
+                'take windows that do not overlap'
+            )
+        axes = [
+            _shares(count, self.box[k::2], self.core[k::2], x.device)
+            for k, count in ((1, x.shape[-2]), (0, x.shape[-1]))
+        ]
+        return (axes[0][:, None] * axes[1]).expand(1, *x.shape[2:])
+
+    def __str__(self) -> str:
+        """Give the box, as it is written in messages."""
+        return 'x {0}..{2}, y {1}..{3}'.format(*self.box)
+
+
+def _shares(n, ends, core, device):
+    edges = torch.linspace(*ends, n + 1, dtype=torch.float64, device=device)
+    inside = edges.clamp(*core).diff()
+    return (inside / edges.diff()).float()
+
+
+def grid(
+    shape: tuple[int, int], size: tuple[int, int], stride: tuple[int, int]
+) -> list[Window]:
+    """Windows over an image, as mmseg's slide inference lays them.
+
+    The last of a row or column ends at the border of the image. Overlaps are
+    divided among windows at their middle.
+
+    Args:
+        shape: Height and width of the image.
+        size: Those of a window; what is larger than the image is cut.
+        stride: Steps downwards and to the right, at most the size.
+
+    Returns:
+        list[Window]: Row by row.
+
+    Raises:
+        ValueError: On what is not positive, and on a stride that leaves gaps.
+    """
+    axes = [_axis(*each) for each in zip(shape, size, stride)]
+    return [
+        Window((x1, y1, x2, y2), (u1, v1, u2, v2))
+        for (y1, y2, v1, v2), (x1, x2, u1, u2) in product(*axes)
+    ]
+
+
+def _axis(length, size, stride):
+    """Begin and end of each window along an axis, and of its core."""
+    if not 0 < stride <= size or length < 1:
+        raise ValueError(
+            f'an axis of {length} pixels can not be covered by windows of '
+            f'{size} at steps of {stride}'
+        )
+    size = min(size, length)
+    count = -(-(length - size) // stride) + 1
+    begins = [min(k * stride, length - size) for k in range(count)]
+    middles = [(a + size + b) / 2 for a, b in zip(begins, begins[1:])]
+    cores = zip([0, *middles], [*middles, length])
+    return [(b, b + size, *core) for b, core in zip(begins, cores)]
+
+
+def bands(
+    shape: tuple[int, int], count: int, halo: int = 0, multiple: int = 1
+) -> list[Window]:
+    """Cut an image into bands of rows, one for each of several processes.
+
+    Args:
+        shape: Height and width of the image.
+        count: How many.
+        halo: Rows that a band has beyond each end of its core, where there
+            are any: what the convolutions of the model see of the neighbours.
+        multiple: What every band begins at a multiple of: the stride of the
+            model, so that its positions are those of the whole.
+
+    Raises:
+        ValueError: The image has too few rows.
+    """
+    height, width = shape
+    halo = -(-halo // multiple) * multiple
+    cuts = [round(height * k / count / multiple) for k in range(count)]
+    cuts = [*(cut * multiple for cut in cuts), height]
+    if any(a >= b for a, b in zip(cuts, cuts[1:])):
+        raise ValueError(
+            f'{height} rows can not be cut into {count} bands that begin at '
+            f'multiples of {multiple}'
+        )
+    return [
+        Window((0, max(a - halo, 0), width, min(b + halo, height)), core)
+        for a, b, core in (
+            (a, b, (0, a, width, b)) for a, b in zip(cuts, cuts[1:])
+        )
+    ]
+
+
+# ------------------------------------------------------- how layers take part
+
+# Contexts that this thread has entered, the innermost last.
+_entered: ContextVar[tuple] = ContextVar('entered', default=())
+# Modules that take part in a context of any thread.
+_joined: dict[nn.Module, _Around] = {}
+_lock = threading.Lock()
+
+
+@contextmanager
+def shared_context(
+    model: nn.Module,
+    over: Windows | Processes | Frames | Crops,
+    exclude: Sequence[str] = ('*roi_head*',),
+):
+    """Have the layers of a model share their gates over several calls.
+
+    ::
+
+        with shared_context(model, Windows()) as windows:
+            results = windows(step, grid(image.shape[-2:], (512, 512),
+                                         (384, 384)))
+
+    All Poly-NL layers take part, fused or not, whatever wraps the model, and
+    all of mmcv's ``ContextBlock``. Only calls of the thread that entered do:
+    others may use the model at the same time, also in a context of theirs.
+    Contexts may be nested: the gate goes through the innermost first.
+
+    Args:
+        model: Left as it was.
+        over: What the calls are of.
+        exclude: Patterns of the paths of layers that keep to themselves. By
+            default those of RoI heads, whose features are of one RoI each.
+
+    Yields:
+        ``over``.
+
+    Raises:
+        ValueError: If no layer takes part, and for a layer whose branch is
+            normalised (``norm_cfg``) by statistics of the features at hand:
+            exact is an evaluated BatchNorm only.
+        RuntimeError: If ``over`` is in use already.
+    """
+    layers = _layers_of(model, exclude)
+    if over.layers is not None:
+        raise RuntimeError(
+            f'this {type(over).__name__} is in use already: make one for '
+            'each shared_context'
+        )
+    with ExitStack() as stack:
+        over.layers = layers
+        stack.callback(setattr, over, 'layers', None)
+        over.enter()
+        for layer in layers:
+            stack.enter_context(_join(layer, over))
+        token = _entered.set((*_entered.get(), over))
+        stack.callback(_entered.reset, token)
+        yield over
+
+
+def _layers_of(model, exclude):
+    context_block = getattr(
+        sys.modules.get('mmcv.cnn'), 'ContextBlock', InContext
+    )
+    layers = {
+        module: path
+        for path, module in model.named_modules()
+        if isinstance(module, (InContext, context_block))
+        and not any(fnmatchcase(path, pattern) for pattern in exclude)
+    }
+    if not layers:
+        raise ValueError(
+            f'{type(model).__name__} has no Poly-NL layer and no '
+            f'ContextBlock, beside what {tuple(exclude)} excludes: no call '
+            'would know of another'
+        )
+    for layer, path in layers.items():
+        norm = getattr(layer, 'norm', None)
+        if norm is not None and (
+            norm.training or not isinstance(norm, _BatchNorm)
+        ):
+            raise ValueError(
+                f'the branch of {path!r} is normalised by a '
+                f'{type(norm).__name__}'
+                + (' in training' if isinstance(norm, _BatchNorm) else '')
+                + ', that is by statistics of the features at hand: '
+                'only an evaluated BatchNorm is the same for all parts'
+            )
+    return layers
+
+
+@contextmanager
+def _join(layer: nn.Module, context):
+    name = 'around' if isinstance(layer, InContext) else 'spatial_pool'
+    with _lock:
+        around = _joined.get(layer)
+        if around is None:
+            if name in vars(layer):
+                path = context.layers[layer]
+                raise RuntimeError(f'{path!r} has a {name} of its own')
+            around = _joined[layer] = _Around()
+            call = around if name == 'around' else partial(_attend, layer)
+            setattr(layer, name, call)
+        around.contexts.append(context)
+    try:
+        yield
+    finally:
+        with _lock:
+            around.contexts.remove(context)
+            if not around.contexts:
+                del _joined[layer]
+                delattr(layer, name)
+
+
+class _Around:
+    """What :attr:`InContext.around` is while a layer takes part."""
+
+    def __init__(self) -> None:
+        self.contexts = []
+
+    def __call__(self, layer: nn.Module, x: Tensor):
+        contexts = self._of_this_thread(layer)
+        if not contexts:
+            return None, None
+        weights = [context.weights(x) for context in contexts]
+        weights = [each for each in weights if each is not None]
+        if len(weights) > 1:
+            raise RuntimeError(
+                f'{contexts[-1].layers[layer]!r} is in two contexts whose '
+                'parts overlap; only those of one may'
+            )
+
+        def pool(value, count=None):
+            for context in reversed(contexts):
+                value, count = context.pool(layer, value, count)
+            return value
+
+        return pool, weights[0] if weights else None
+
+    def _of_this_thread(self, layer):
+        if not any(layer in context.layers for context in self.contexts):
+            raise RuntimeError(
+                'a Poly-NL layer was copied or fused within shared_context: '
+                'do that before'
+            )
+        mine = [each for each in _entered.get() if layer in each.layers]
+        # Checkpointed activations are computed again, on a GPU by a thread
+        # of autograd.
+        if not mine and torch._C._current_graph_task_id() != -1:
+            mine = self.contexts
+            if len(mine) > 1:
+                raise RuntimeError(
+                    f'{mine[0].layers[layer]!r} is computed again in '
+                    'backward, and which of several contexts it was in can '
+                    'not be told'
+                )
+        return mine
+
+
+def _attend(block: nn.Module, x: Tensor) -> Tensor:
+    """Do what ``ContextBlock.spatial_pool`` does, in a context."""
+    pool, weights = _joined[block](block, x)
+    if pool is None:
+        return type(block).spatial_pool(block, x)
+    features = x.flatten(2)
+    logs = features.new_zeros(1, 1, features.shape[2])
+    if weights is not None:
+        logs = weights.to(x.dtype).log().flatten(1).unsqueeze(1)
+    count = None
+    if block.pooling_type == 'att':
+        logs = block.conv_mask(x).flatten(2) + logs
+        count = logs.double().logsumexp(2).exp()
+    value = torch.matmul(features, logs.softmax(2).mT).squeeze(2)
+    return pool(value, count).reshape(*x.shape[:2], 1, 1)
+
+
+class _Context:
+    """Base of the contexts.
+
+    Attributes:
+        layers: Module -> path of what takes part, None while none does.
+    """
+
+    layers: dict[nn.Module, str] | None = None
+
+    def enter(self) -> None:
+        """Do what is to be done once; ``layers`` are known."""
+
+    def weights(self, x: Tensor) -> Tensor | None:
+        """Weights of the positions of ``x``, None where all count alike."""
+
+    def pool(
+        self, layer: nn.Module, value: Tensor, count: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Give the mean to go on with.
+
+        Args:
+            layer: Whose.
+            value (Tensor): (B, C), that of this call.
+            count (Tensor, optional): (B, 1) of float64, what it counts; None
+                where that is its area.
+
+        Returns:
+            tuple: The mean, and what it counts.
+        """
+        raise NotImplementedError
+
+
+# -------------------------------------------------------------------- windows
+
+
+class WindowError(RuntimeError):
+    """The step failed in a window; its cause is what it raised."""
+
+
+class Windows(_Context):
+    """Windows of one image.
+
+    In a deep network the gate of a layer needs all windows before any goes
+    on. So they march together: each runs up to the next layer and is held
+    there, in a thread of its own, of which one runs at a time. As many are
+    held as the budget has room for. Of the others only the gates are kept,
+    and each is computed again from its beginning for every layer. With
+    gradients all must be held.
+
+    The step must call the same layers in the same order for every window. A
+    model that keeps what it is computing in its attributes, not in local
+    variables, can not be held.
+
+    Args:
+        budget (float, optional): MiB of features that are held; 0 holds none,
+            None all.
+        images (int): Images of one size that each call is given windows of,
+            the batch size of the layers.
+        wait_on (str, optional): Device on which features wait, such as
+            ``'cpu'``, by default where they are. Storages are moved as a
+            whole, and only what the window itself has made.
+
+    Raises:
+        ValueError: On a budget below 0.
+    """
+
+    def __init__(
+        self,
+        budget: float | None = 2048,
+        images: int = 1,
+        wait_on: str | None = None,
+    ) -> None:
+        """Take the arguments; see the class."""
+        if budget is not None and not budget >= 0:
+            raise ValueError(f'budget must be 0 or more MiB, got {budget!r}')
+        self.budget, self.images, self.wait_on = budget, images, wait_on
+        self._means = None
+
+    def __call__(
+        self, step: Callable[[Window], Any], windows: Iterable[Window]
+    ) -> list:
+        """Compute all windows of an image, with one gate for each layer.
+
+        Args:
+            step: Given a window, cuts it out and runs the model on it. Where
+                a window is not held, it is called again for every layer, and
+                abandoned there, by an exception that is no ``Exception``.
+                It ends once for every window, in their order.
+            windows: Of one image, see :func:`grid`.
+
+        Returns:
+            list: What ``step`` returned for each.
+
+        Raises:
+            WindowError: The step raised for a window, which is named.
+            RuntimeError: Windows call different layers, a layer is called
+                with another number of images, or the budget is too small for
+                gradients.
+        """
+        if self.layers is None or self._means is not None:
+            raise RuntimeError(
+                'Windows are called within shared_context, one image at a time'
+            )
+        flights = [_Flight(self, step, window) for window in windows]
+        for flight in flights[:1] if self.wait_on is None else flights:
+            flight.made = _Made()
+        self._means = []
+        try:
+            while not all(flight.ended for flight in flights):
+                self._advance(flights)
+            return [flight.result for flight in flights]
+        finally:
+            self._means = None
+            for flight in flights:
+                flight.abandon()
+
+    def _advance(self, flights):
+        """Bring all to the next layer, or to their end."""
+        room = float('inf') if self.budget is None else self.budget * MIB
+        rate = 0.0  # bytes that a pixel holds: the first that is held tells
+        for flight in flights:
+            held = flight.advance(keep=rate * flight.pixels < room)
+            if flight.is_held:
+                rate = rate or held / flight.pixels
+                room -= rate * flight.pixels
+                if room < 0:
+                    flight.abandon()
+        stops = [flight.stop for flight in flights]
+        if stops != [None] * len(stops):
+            for stop, flight in zip(stops, flights):
+                if (stop and stop.where) != (stops[0] and stops[0].where):
+                    raise RuntimeError(
+                        f'window {flights[0].window} goes through '
+                        f'{_text(stops[0])}, but window {flight.window} '
+                        f'through {_text(stop)}: layers that not every '
+                        'window calls alike are to be excluded'
+                    )
+            areas = [flight.window.area for flight in flights]
+            self._means.append(_mean(stops, areas))
+
+    def weights(self, x: Tensor) -> Tensor | None:
+        """Give those of the window that is being computed."""
+        return self._current().window.weights(x)
+
+    def pool(self, layer, value, count):
+        """Give the mean over all windows, once all have come so far."""
+        path = self.layers[layer]
+        if value.shape[0] != self.images:
+            raise RuntimeError(
+                f'{path!r} is called with {value.shape[0]} images or regions, '
+                f'where a window is of {self.images}: such a layer is to be '
+                'excluded'
+            )
+        return self._current().reach(_Stop(path, value, count), self._means)
+
+    def _current(self):
+        for flight in reversed(_flying.get()):
+            if flight.windows is self:
+                return flight
+        raise RuntimeError(
+            'the model was called within shared_context(model, Windows()), '
+            'but not by a step that Windows was given'
+        )
+
+
+class _Stop(NamedTuple):
+    """Where a window is at, and its own mean."""
+
+    path: str
+    value: Tensor
+    count: Tensor | None
+
+    @property
+    def where(self):
+        return self.path, self.value.shape, self.value.dtype
+
+
+def _text(stop):
+    if stop is None:
+        return 'no further layer'
+    return f'{stop.path!r} with {tuple(stop.value.shape)}'
+
+
+def _mean(stops, areas):
+    """Mean of what has come, and what it counts, as a pool returns them."""
+    counts = areas
+    if stops[0].count is not None:
+        counts = [stop.count for stop in stops]
+    total = sum(counts)
+    # In double precision, so that their order does not matter.
+    mean = sum(
+        stop.value.double() * (count / total)
+        for stop, count in zip(stops, counts)
+    )
+    return mean.to(stops[0].value.dtype), (
+        None if stops[0].count is None else total
+    )
+
+
+# Windows that this thread is computing, of nested contexts the innermost last.
+_flying: ContextVar[tuple[_Flight, ...]] = ContextVar('flying', default=())
+
+
+class _Enough(BaseException):
+    """Ends a window at a layer; no Exception, so that no step catches it."""
+
+
+class _Flight:
+    """One window on its way through the model.
+
+    Attributes:
+        stop: The layer that it has come to, None before the first and after
+            the last.
+        ended: Whether ``result`` is there.
+        made: Knows what the window holds, if that is of interest.
+    """
+
+    made: _Made | None = None
+
+    def __init__(self, windows: Windows, step: Callable, window: Window):
+        self.windows, self.step, self.window = windows, step, window
+        x1, y1, x2, y2 = window.box
+        self.pixels = (x2 - x1) * (y2 - y1)
+        self.stop = self.result = None
+        self.ended = False
+        self._thread = None
+
+    @property
+    def is_held(self) -> bool:
+        return self._thread is not None
+
+    def advance(self, keep: bool) -> int:
+        """Go on to the next layer; gives the bytes that are held there."""
+        self.stop = None
+        if self.ended:
+            return 0
+        if self.is_held:
+            self._go.release()
+        elif keep:
+            self._start()
+        else:
+            self._run_and_abandon()
+            return 0
+        self._back.acquire()
+        if self.stop is None or self._error is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._named(self._error) from self._error
+        return self.made.bytes() if self.is_held and self.made else 0
+
+    def reach(self, stop, means):
+        """Give the mean of the layer, once there is one; in the step."""
+        self._calls += 1
+        if self._calls > len(means):
+            self.stop = stop
+            if threading.current_thread() is not self._thread:
+                if stop.value.requires_grad:
+                    raise RuntimeError(
+                        f'a budget of {self.windows.budget} MiB does not hold '
+                        'all windows, which gradients need'
+                    )
+                raise _Enough
+            self._hold(stop)
+        return means[self._calls - 1]
+
+    def _hold(self, stop):
+        device = self.windows.wait_on
+        if device is not None:
+            self.made.move_to(device, but=stop)
+        self._back.release()
+        self._go.acquire()
+        if self._is_abandoned:
+            raise _Enough
+        if device is not None:
+            self.made.move_back()
+
+    def abandon(self) -> None:
+        """Free what is held."""
+        if self.is_held:
+            self._is_abandoned = True
+            self._go.release()
+            self._thread.join()
+            self._thread = None
+
+    def _run(self):
+        self._calls = 0
+        token = _flying.set((*_flying.get(), self))
+        try:
+            self.result = self.step(self.window)
+            self.ended = True
+        finally:
+            _flying.reset(token)
+
+    def _run_and_abandon(self):
+        try:
+            self._run()
+        except _Enough:
+            pass
+        except Exception as error:
+            raise self._named(error) from error
+
+    def _named(self, error):
+        return WindowError(
+            f'window {self.window}: {type(error).__name__}: {error}'
+        )
+
+    def _start(self):
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._is_abandoned, self._error = False, None
+        self._thread = threading.Thread(
+            target=copy_context().run,
+            args=(self._in_thread, _modes_of_torch()),
+            daemon=True,
+        )
+        self._thread.start()
+
+    def _in_thread(self, modes):
+        try:
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode())
+                if self.made is not None:
+                    stack.enter_context(self.made)
+                self._run()
+        except _Enough:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._back.release()
+
+
+def _modes_of_torch():
+    """What makes the modes of this thread, for another."""
+    modes = [
+        partial(torch.inference_mode, torch.is_inference_mode_enabled()),
+        partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+    ]
+    cached = torch.is_autocast_cache_enabled()
+    devices = {'cpu'}
+    if torch.cuda.is_available():
+        devices.add('cuda')
+        modes.append(partial(torch.cuda.stream, torch.cuda.current_stream()))
+    for device in devices:
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            modes.append(
+                partial(
+                    torch.autocast, device, dtype=dtype, cache_enabled=cached
+                )
+            )
+    return modes
+
+
+class _Made(TorchDispatchMode):
+    """Knows the storages that were made within, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own, self._others, self._away = {}, {}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self._note(self._others, (args, kwargs))
+        results = func(*args, **kwargs)
+        self._note(self._own, results)
+        return results
+
+    def _note(self, kind, tensors):
+        for each in tree_leaves(tensors):
+            if isinstance(each, Tensor):
+                # While there is a reference, no other gets the same key.
+                ref = StorageWeakRef(each.untyped_storage())
+                if ref.cdata not in self._own:
+                    if ref.cdata not in self._others:
+                        kind[ref.cdata] = ref
+
+    def _storages(self):
+        """Those of the window's own that are alive."""
+        for storages in (self._own, self._others):
+            for key in [k for k, ref in storages.items() if ref.expired()]:
+                del storages[key]
+        return map(torch.UntypedStorage._new_with_weak_ptr, list(self._own))
+
+    def bytes(self) -> int:
+        """Sum of their sizes, wherever they are."""
+        away = sum(copy.nbytes() for _, copy in self._away)
+        return away + sum(each.nbytes() for each in self._storages())
+
+    def move_to(self, device: str, but: Iterable) -> None:
+        """Copy all to a device, and free them, but those of some tensors."""
+        stay = {
+            each.untyped_storage()._cdata
+            for each in but
+            if isinstance(each, Tensor)
+        }
+        for storage in self._storages():
+            if storage._cdata in stay:
+                continue
+            copy = torch.UntypedStorage(storage.nbytes(), device=device)
+            copy.copy_(storage)
+            storage.resize_(0)
+            self._away.append((storage, copy))
+
+    def move_back(self) -> None:
+        """Undo it."""
+        for storage, copy in self._away:
+            storage.resize_(copy.nbytes())
+            storage.copy_(copy)
+        self._away.clear()
+
+
+# ------------------------------------------ processes, frames, crops of images
+
+
+class Processes(_Context):
+    """Parts of one image, each in a process of its own.
+
+    Each layer adds up C numbers over the processes in forward, and C in
+    backward; nothing else is sent. All processes must call the same layers in
+    the same order. Gradients are those of the sum of the losses of all
+    processes: summed over them, or averaged as DDP does, those of the
+    parameters are exactly those of the whole image, but for what convolutions
+    see at borders.
+
+    Args:
+        part (Window): Box and core of this process's part.
+        group (ProcessGroup, optional): The processes that hold the image, by
+            default all.
+
+    Attributes:
+        share (float): Of the image's area, within the context: what the mean
+            loss of this process counts in that of the image.
+    """
+
+    def __init__(
+        self, part: Window, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Take the arguments; see the class."""
+        self.part, self.group = part, group
+
+    def enter(self) -> None:
+        """Find the area of the whole image."""
+        layer = next(iter(self.layers))
+        device = next(chain(layer.parameters(), layer.buffers())).device
+        area = torch.tensor([self.part.area], device=device)
+        dist.all_reduce(area, group=self.group)
+        self.share = self.part.area / area.item()
+
+    def weights(self, x: Tensor) -> Tensor | None:
+        """Give those of the part."""
+        return self.part.weights(x)
+
+    def pool(self, layer, value, count):
+        """Give the mean over all processes."""
+        if count is None:
+            return _Summed.apply(value * self.share, self.group), None
+        sums = torch.cat([value.double() * count, count], 1)
+        sums = _Summed.apply(sums, self.group)
+        value = (sums[:, :-1] / sums[:, -1:]).to(value.dtype)
+        return value, sums[:, -1:]
+
+
+class _Summed(torch.autograd.Function):
+    """Sum over processes, which is its own adjoint."""
+
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.group = group
+        value = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Summed.apply(grad, ctx.group), None
+
+
+class Frames(_Context):
+    """The frames of a video, in their order: a running mean.
+
+    ::
+
+        with shared_context(model, Frames(horizon=25)) as frames:
+            for frame in video:
+                result = frames(model, frame)
+
+    Frame t counts 1 / min(t, horizon): the mean of all so far is taken, and
+    after ``horizon`` frames one that forgets exponentially. Gradients go
+    through the frame at hand only.
+
+    Args:
+        horizon (float, optional): In frames, 1 or more; None never forgets.
+
+    Raises:
+        ValueError: On a horizon below 1.
+    """
+
+    def __init__(self, horizon: float | None = None) -> None:
+        """Take the argument; see the class."""
+        if horizon is not None and not horizon >= 1:
+            raise ValueError(f'horizon must be 1 frame or more, got {horizon}')
+        self.horizon = horizon
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all frames, as after a cut."""
+        self._time, self._before, self._now = 0, [], None
+
+    def __call__(self, step: Callable, *args, **kwargs):
+        """Compute one frame; gives what ``step`` returns.
+
+        A frame in which it raises does not count.
+
+        Raises:
+            RuntimeError: It calls other layers than for the frames before, or
+                with other shapes.
+        """
+        if self.layers is None or self._now is not None:
+            raise RuntimeError(
+                'Frames are called within shared_context, one at a time'
+            )
+        self._now = []
+        try:
+            result = step(*args, **kwargs)
+            if self._time and len(self._now) < len(self._before):
+                path = self._before[len(self._now)][0]
+                raise RuntimeError(f'this frame did not go through {path!r}')
+            self._before = self._now
+            self._time += 1
+            return result
+        finally:
+            self._now = None
+
+    def pool(self, layer, value, count):
+        """Give the running mean."""
+        if self._now is None:
+            raise RuntimeError(
+                'the model was called within shared_context(model, Frames()), '
+                'but not by a step that Frames was given'
+            )
+        one = value.new_ones(1, dtype=torch.float64)
+        sums = value.double() * (one if count is None else count)
+        total, path = one if count is None else count, self.layers[layer]
+        if self._time:
+            past = self._before[len(self._now) :][:1]
+            if not past or (path, sums.shape) != (
+                past[0][0],
+                past[0][1].shape,
+            ):
+                raise RuntimeError(
+                    f'{path!r} with {tuple(sums.shape)} was not in the frames '
+                    'before: reset() begins another video'
+                )
+            time = self._time + 1
+            rate = 1 / min(time, self.horizon or time)
+            sums = past[0][1].lerp(sums, rate)
+            total = past[0][2].lerp(total, rate)
+        self._now.append((path, sums.detach(), total.detach()))
+        return (sums / total).to(value.dtype), None if count is None else total
+
+
+class Crops(_Context):
+    """Crops of several images, in one batch.
+
+    Args:
+        images: Which image each item of the batch is of, such as its path.
+
+    Attributes:
+        images: May be changed from batch to batch.
+    """
+
+    def __init__(self, images: Sequence[Hashable] = ()) -> None:
+        """Take the argument; see the class."""
+        self.images = images
+
+    def pool(self, layer, value, count):
+        """Give every crop the mean over all crops of its image."""
+        if len(value) != len(self.images):
+            raise RuntimeError(
+                f'{self.layers[layer]!r} is called with {len(value)} images or'
+                f' regions, where the batch has {len(self.images)}: such a '
+                'layer is to be excluded'
+            )
+        numbers = {
+            image: k for k, image in enumerate(dict.fromkeys(self.images))
+        }
+        index = torch.tensor(
+            [numbers[image] for image in self.images], device=value.device
+        )
+        one = value.new_ones(len(value), 1, dtype=torch.float64)
+        count = one if count is None else count
+        shape = (len(numbers), value.shape[1])
+        sums = one.new_zeros(shape).index_add(0, index, value.double() * count)
+        totals = one.new_zeros(len(numbers), 1).index_add(0, index, count)
+        return (sums / totals)[index].to(value.dtype), totals[index]
