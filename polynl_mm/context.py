@@ -47,6 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .layers import InContext
+from .ops.precision import autocast_dtype, is_autocast_on
 
 __all__ = [
     'Crops',
@@ -295,11 +296,12 @@ def _join(layer: nn.Module, context):
     with _lock:
         around = _joined.get(layer)
         if around is None:
-            if name in vars(layer):
+            if vars(layer).get(name) is not None:
                 path = context.layers[layer]
                 raise RuntimeError(f'{path!r} has a {name} of its own')
             around = _joined[layer] = _Around()
-            call = around if name == 'around' else partial(_attend, layer)
+            pools = name == 'spatial_pool'
+            call = partial(_attend, around, layer) if pools else around
             setattr(layer, name, call)
         around.contexts.append(context)
     try:
@@ -337,6 +339,10 @@ class _Around:
 
         return pool, weights[0] if weights else None
 
+    def __deepcopy__(self, memo):
+        # The copy of a layer is in no context, and is to say so.
+        return self
+
     def _of_this_thread(self, layer):
         if not any(layer in context.layers for context in self.contexts):
             raise RuntimeError(
@@ -357,9 +363,9 @@ class _Around:
         return mine
 
 
-def _attend(block: nn.Module, x: Tensor) -> Tensor:
+def _attend(around: _Around, block: nn.Module, x: Tensor) -> Tensor:
     """Do what ``ContextBlock.spatial_pool`` does, in a context."""
-    pool, weights = _joined[block](block, x)
+    pool, weights = around(block, x)
     if pool is None:
         return type(block).spatial_pool(block, x)
     features = x.flatten(2)
@@ -713,19 +719,16 @@ def _modes_of_torch():
         partial(torch.inference_mode, torch.is_inference_mode_enabled()),
         partial(torch.set_grad_enabled, torch.is_grad_enabled()),
     ]
-    cached = torch.is_autocast_cache_enabled()
-    devices = {'cpu'}
+    devices = ['cpu']
     if torch.cuda.is_available():
-        devices.add('cuda')
+        devices.append('cuda')
         modes.append(partial(torch.cuda.stream, torch.cuda.current_stream()))
-    for device in devices:
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            modes.append(
-                partial(
-                    torch.autocast, device, dtype=dtype, cache_enabled=cached
-                )
-            )
+    for device in filter(is_autocast_on, devices):
+        options = dict(
+            dtype=autocast_dtype(torch.empty(0, device=device)),
+            cache_enabled=torch.is_autocast_cache_enabled(),
+        )
+        modes.append(partial(torch.autocast, device, **options))
     return modes
 
 
@@ -775,6 +778,8 @@ class _Made(TorchDispatchMode):
             if storage._cdata in stay:
                 continue
             copy = torch.UntypedStorage(storage.nbytes(), device=device)
+            ref = StorageWeakRef(copy)
+            self._others[ref.cdata] = ref
             copy.copy_(storage)
             storage.resize_(0)
             self._away.append((storage, copy))
@@ -820,7 +825,9 @@ class Processes(_Context):
         """Find the area of the whole image."""
         layer = next(iter(self.layers))
         device = next(chain(layer.parameters(), layer.buffers())).device
-        area = torch.tensor([self.part.area], device=device)
+        area = torch.tensor(
+            [self.part.area], dtype=torch.float64, device=device
+        )
         dist.all_reduce(area, group=self.group)
         self.share = self.part.area / area.item()
 

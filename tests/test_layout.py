@@ -20,7 +20,7 @@ MAY_IMPORT = {
     'ops': set(),
     'layers': {'ops'},
     'registry': {'layers'},
-    'context': {'layers'},
+    'context': {'ops', 'layers'},
     'insertion': LAYER,
     'fusion': LAYER | {'insertion'},
     'faces': BLOCK,

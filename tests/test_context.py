@@ -1,0 +1,778 @@
+"""One gate for several calls."""
+
+import os
+import signal
+import threading
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import assert_near
+from mmcv.cnn import ContextBlock
+from mmengine.model import ExponentialMovingAverage
+from torch import nn
+from torch.nn.functional import interpolate
+from torch.utils.checkpoint import checkpoint
+
+from polynl_mm import fuse_poly_nl, shared_context
+from polynl_mm.context import (
+    Crops,
+    Frames,
+    Processes,
+    Window,
+    WindowError,
+    Windows,
+    _Made,
+    bands,
+    grid,
+)
+from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
+
+SIZE = (23, 31)
+BUDGETS = {'all held': None, 'some held': 0.02, 'none held': 0}
+each_budget = pytest.mark.parametrize('budget', BUDGETS.values(), ids=BUDGETS)
+
+
+def host(kernel=1, block=PolyNL2d, conv=nn.Conv2d):
+    """Three convolutions, with layers that matter behind the first two."""
+    torch.manual_seed(0)
+    pad = dict(padding=kernel // 2)
+    model = nn.Sequential(
+        conv(3, 8, kernel, **pad),
+        block(8, beta_init=0.7),
+        nn.ReLU(),
+        conv(8, 6, kernel, **pad),
+        block(6, beta_init=-0.5, bias=True),
+        conv(6, 2, kernel, **pad),
+    )
+    for p in model.parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p, 0.5)
+    return model.double().eval()
+
+
+def image(images=2, size=SIZE, channels=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (images, channels, *size)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    # Brighter to the right: no part is like the whole.
+    return x + torch.linspace(-1, 2, size[-1])
+
+
+def cut(x, window):
+    x1, y1, x2, y2 = window.box
+    return x[..., y1:y2, x1:x2]
+
+
+def stitch(like, windows, parts):
+    """Each window's part, taken from its core."""
+    y = torch.full_like(like, torch.nan)
+    for window, part in zip(windows, parts):
+        (x1, y1, *_), (u1, v1, u2, v2) = window.box, map(round, window.core)
+        y[..., v1:v2, u1:u2] = part[..., v1 - y1 : v2 - y1, u1 - x1 : u2 - x1]
+    return y
+
+
+def in_windows(model, x, windows, budget=None, over=None):
+    over = over or Windows(budget, images=len(x))
+    with shared_context(model, over):
+        parts = over(lambda window: model(cut(x, window)), windows)
+    return stitch(model(x).detach(), windows, parts)
+
+
+def is_clean(model):
+    threads = [t for t in threading.enumerate() if not t.daemon]
+    return threads == [threading.main_thread()] and not any(
+        {'around', 'spatial_pool'} & vars(module).keys()
+        for module in model.modules()
+    )
+
+
+# -------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize('stride', [(9, 10), (5, 7), (2, 3)], ids=str)
+def test_cores_tile_the_image(stride):
+    counts = torch.zeros(SIZE)
+    for window in grid(SIZE, (9, 10), stride):
+        like = cut(torch.empty(1, 1, *SIZE), window)
+        assert like.shape[2:] == (9, 10)
+        weights = window.weights(like)
+        if weights is None:
+            weights = torch.ones(1, *like.shape[2:])
+        cut(counts, window).add_(weights[0])
+        assert weights.sum() == pytest.approx(window.area)
+    assert_near(counts, torch.ones(SIZE), 1e-6)
+
+
+def test_weights_of_a_coarser_map_count_areas():
+    """Cells of four pixels, of which the core's border cuts one in half."""
+    window = Window((4, 0, 20, 8), (10, 0, 20, 8))
+    weights = window.weights(torch.empty(1, 5, 2, 4))
+    assert_near(weights, torch.tensor([[[0, 0.5, 1, 1]] * 2]), 1e-6)
+
+
+@each_budget
+@pytest.mark.parametrize('stride', [(9, 10), (5, 7), (2, 3)], ids=str)
+@torch.no_grad()
+def test_windows_equal_the_whole_image(stride, budget):
+    model, x = host(), image()
+    windows = grid(SIZE, (9, 10), stride)
+    want = model(x)
+    assert_near(in_windows(model, x, windows, budget), want, 1e-13)
+    assert is_clean(model)
+    # What each window knows without the others is something else.
+    alone = stitch(want, windows, [model(cut(x, w)) for w in windows])
+    assert (alone - want).abs().max() > 0.1 * want.abs().max()
+
+
+@pytest.mark.parametrize('size', [SIZE, (40, 99)], ids=['whole', 'larger'])
+def test_one_window_is_the_image(size):
+    model, x = host(kernel=3), image()
+    (window,) = windows = grid(SIZE, size, size)
+    assert window.box == window.core == (0, 0, *SIZE[::-1])
+    assert torch.equal(in_windows(model, x, windows), model(x))
+
+
+@torch.no_grad()
+def test_order_of_windows_does_not_matter():
+    model, x = host(kernel=3), image()
+    windows = grid(SIZE, (9, 10), (5, 7))
+    want = in_windows(model, x, windows)
+    generator = torch.Generator().manual_seed(0)
+    for budget in BUDGETS.values():
+        order = torch.randperm(len(windows), generator=generator)
+        mixed = [windows[k] for k in order]
+        assert_near(in_windows(model, x, mixed, budget), want, 1e-14)
+
+
+@each_budget
+@torch.no_grad()
+def test_exact_where_overlaps_exceed_the_receptive_field(budget):
+    """Three convolutions of 3 x 3 see three pixels beyond a border."""
+    model, x = host(kernel=3), image()
+    windows = grid(SIZE, (12, 14), (5, 7))
+    y = in_windows(model, x, windows, budget)
+    assert_near(y, model(x), 1e-13)
+    narrow = grid(SIZE, (12, 14), (11, 13))
+    y = in_windows(model, x, narrow, budget)
+    assert (y - model(x)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('budget', [None, 0], ids=['held', 'not held'])
+@torch.no_grad()
+def test_videos_and_sequences(budget):
+    model = host(block=PolyNL3d, conv=nn.Conv3d)
+    x = image(size=(4, *SIZE))
+    windows = grid(SIZE, (9, 10), (5, 7))
+    assert_near(in_windows(model, x, windows, budget), model(x), 1e-13)
+    model = host(block=PolyNL1d, conv=nn.Conv1d)
+    x = image(size=(1, 30))
+    windows = grid((1, 30), (1, 10), (1, 10))
+
+    def step(window):
+        return model(cut(x, window).squeeze(2)).unsqueeze(2)
+
+    over = Windows(budget, images=2)
+    with shared_context(model, over):
+        y = torch.cat(over(step, windows), 3)
+        assert_near(y.squeeze(2), model[:0](y).squeeze(2), 0)
+        with pytest.raises(WindowError, match='no height and width'):
+            over(step, grid((1, 30), (1, 10), (1, 8)))
+    assert_near(y.squeeze(2), model(x.squeeze(2)), 1e-13)
+
+
+def test_gradients_of_the_whole_image():
+    model, x = host(), image()
+    windows = grid(SIZE, (9, 10), (5, 7))
+    params = list(model.parameters())
+    loss = model(x).square().sum()
+    wants = torch.autograd.grad(loss, params)
+    over = Windows(None, images=2)
+    with shared_context(model, over):
+        parts = over(lambda window: model(cut(x, window)), windows)
+    y = stitch(model(x).detach(), windows, parts)
+    gots = torch.autograd.grad(y.square().sum(), params)
+    for got, want in zip(gots, wants):
+        assert_near(got, want, 1e-12)
+
+
+def test_gradients_need_all_windows():
+    model, x = host(), image()
+    windows = grid(SIZE, (9, 10), (9, 10))
+    for budget in (0, 0.02):
+        with pytest.raises(WindowError, match=f'{budget} MiB does not hold'):
+            in_windows(model, x, windows, budget)
+        assert is_clean(model)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('autocast', [False, True])
+@torch.no_grad()
+def test_low_precision(dtype, autocast):
+    """The results of torch's own modes, which threads do not inherit."""
+    model, x = host().float(), image().float()
+    windows = grid(SIZE, (9, 10), (5, 7))
+    truth = in_windows(model, x, windows)
+    if not autocast:
+        model, x = model.to(dtype), x.to(dtype)
+    with torch.autocast('cpu', dtype, enabled=autocast):
+        want = model(x)
+        y = in_windows(model, x, windows)
+    assert want.dtype == y.dtype == dtype
+    error = (want - truth).abs().max()
+    assert (y - truth).abs().max() <= 2 * error
+
+
+@each_budget
+def test_threads_have_the_modes_of_their_caller(budget):
+    model, x = host(), image()
+    seen = set()
+
+    def step(window):
+        grad = torch.is_grad_enabled()
+        seen.add((grad, torch.is_inference_mode_enabled()))
+        seen.add(torch.is_autocast_enabled('cpu'))
+        return model(cut(x, window))
+
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        with shared_context(model, Windows(budget, images=2)) as over:
+            over(step, grid(SIZE, (9, 10), (9, 10)))
+    assert seen == {(False, True), True}
+
+
+@torch.no_grad()
+def test_what_is_not_held_is_computed_again():
+    """Six windows, two layers: thrice where none is held."""
+    model, x = host(), image()
+    windows = grid(SIZE, (12, 12), (12, 12))
+    assert len(windows) == 6
+    counts = {}
+    # A position of a window holds 8 numbers at the first layer and 6 more
+    # at the second, 2 images of it.
+    for held in (0, 0.5, 1, 2.5, 4, 7):
+        steps = []
+
+        def step(window, steps=steps):
+            steps.append(window)
+            return model(cut(x, window))
+
+        # Before the ReLU there are convolution and layer's own input alone.
+        budget = held * 12 * 12 * 8 * 8 * 2 / 2**20
+        with shared_context(model, Windows(budget, images=2)) as over:
+            over(step, windows)
+        counts[held] = len(steps)
+    assert counts[0] == counts[0.5] == 18
+    assert 18 > counts[1] > counts[2.5] > counts[4] > counts[7] == 6
+
+
+def test_bytes_that_are_held():
+    old = torch.zeros(1000)
+    made = _Made()
+    with made:
+        a = torch.zeros(10)
+        b = a.view(2, 5) + 1
+        c = old[3:]
+        old.add_(1)
+        d = torch.cat([c, a])
+        assert made.bytes() == 4 * (10 + 10 + 1007)
+        del d
+        assert made.bytes() == 4 * 20
+        made.move_to('cpu', but=(b,))
+        assert a.untyped_storage().nbytes() == 0
+        assert b.untyped_storage().nbytes() == 40
+        assert made.bytes() == 4 * 20
+        made.move_back()
+    assert (a == 0).all() and (b == 1).all() and (c == 1).all()
+
+
+@each_budget
+@torch.no_grad()
+def test_features_may_wait_elsewhere(budget):
+    model, x = host(), image()
+    over = Windows(budget, images=2, wait_on='cpu')
+    windows = grid(SIZE, (9, 10), (5, 7))
+    assert_near(in_windows(model, x, windows, over=over), model(x), 1e-13)
+
+
+# ------------------------------------------------------ what goes wrong there
+
+
+@each_budget
+@pytest.mark.parametrize('after', [False, True], ids=['first', 'later'])
+@torch.no_grad()
+def test_a_failing_window_is_named(budget, after):
+    model, x = host(), image()
+    windows = grid(SIZE, (9, 10), (9, 10))
+
+    def step(window):
+        if not after and window is windows[5]:
+            raise KeyError('what')
+        y = model(cut(x, window))
+        if window is windows[5]:
+            raise KeyError('what')
+        return y
+
+    with shared_context(model, Windows(budget, images=2)) as over:
+        message = r"^window x 10\.\.20, y 9\.\.18: KeyError: 'what'$"
+        with pytest.raises(WindowError, match=message) as caught:
+            over(step, windows)
+        assert isinstance(caught.value.__cause__, KeyError)
+        assert threading.active_count() == 1
+        # The next image is none the worse.
+        over(lambda window: model(cut(x, window)), windows)
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize('place', [0, 3, 8])
+@each_budget
+@torch.no_grad()
+def test_ctrl_c_leaves_no_thread(budget, place):
+    model, x = host(), image()
+    windows = grid(SIZE, (9, 10), (9, 10))
+
+    def step(window):
+        if window is windows[place]:
+            signal.raise_signal(signal.SIGINT)
+        return model(cut(x, window))
+
+    with pytest.raises(KeyboardInterrupt):
+        with shared_context(model, Windows(budget, images=2)) as over:
+            over(step, windows)
+    assert threading.active_count() == 1 and is_clean(model)
+
+
+def test_windows_that_go_different_ways():
+    model, x = host(), image()
+    windows = grid(SIZE, (23, 31), (12, 12)) + grid(SIZE, (9, 10), (9, 10))
+
+    def step(window):
+        part = model if window is windows[0] else model[:last]
+        return part(cut(x, window))
+
+    with torch.no_grad(), shared_context(model, Windows(images=2)) as over:
+        for last, other in ((3, 'no further layer'), (1, 'no further layer')):
+            with pytest.raises(RuntimeError) as caught:
+                over(step, windows)
+            assert str(caught.value).startswith(
+                'window x 0..31, y 0..23 goes through '
+                f"'{1 if last == 1 else 4}' with (2, "
+            )
+            assert f'window x 0..10, y 0..9 through {other}' in str(
+                caught.value
+            )
+    assert threading.active_count() == 1 and is_clean(model)
+
+
+def test_regions_are_no_windows():
+    model, x = nn.ModuleDict(dict(body=host(), roi_head=PolyNL2d(2))), image()
+    model.double()
+
+    def step(window):
+        y = model['body'](cut(x, window))
+        return model['roi_head'](y.repeat(5, 1, 1, 1))
+
+    windows = grid(SIZE, (9, 10), (9, 10))
+    with torch.no_grad():
+        with shared_context(model, Windows(images=2)) as over:
+            over(step, windows)
+        with shared_context(model, Windows(images=2), exclude=()) as over:
+            message = "'roi_head' is called with 10 .* a window is of 2"
+            with pytest.raises(WindowError, match=message):
+                over(step, windows)
+
+
+def test_calls_beside_a_step_are_refused():
+    model, x = host(), image()
+    for over, name in ((Windows(), 'Windows'), (Frames(), 'Frames')):
+        with pytest.raises(RuntimeError, match='within shared_context'):
+            over(model, [])
+        with shared_context(model, over):
+            with pytest.raises(RuntimeError, match=rf'a step that {name} was'):
+                model(x)
+            with pytest.raises(RuntimeError, match='is in use already'):
+                with shared_context(model, over):
+                    pass
+        assert is_clean(model)
+
+
+def test_models_that_can_not_take_part():
+    with pytest.raises(ValueError, match='Sequential has no Poly-NL layer'):
+        with shared_context(nn.Sequential(nn.ReLU()), Windows()):
+            pass
+    model = host()
+    with pytest.raises(ValueError, match='has no Poly-NL layer'):
+        with shared_context(model, Windows(), exclude=['1', '4*']):
+            pass
+    model[1].around = lambda layer, x: (None, None)
+    with pytest.raises(RuntimeError, match="'1' has a around of its own"):
+        with shared_context(model, Windows()):
+            pass
+    assert set(vars(model[1])) & {'around'} and is_clean(model[2:])
+
+
+@pytest.mark.parametrize(
+    'kind', [dict(type='BN'), dict(type='GN', num_groups=2), dict(type='IN')]
+)
+@pytest.mark.filterwarnings('ignore:norm_cfg')
+def test_branches_normalised_by_the_window(kind):
+    model = nn.Sequential(PolyNL2d(6, beta_init=0.5, norm_cfg=kind)).double()
+    x = image(channels=6)
+    windows = grid(SIZE, (9, 10), (5, 7))
+    with pytest.raises(ValueError, match="branch of '0' is normalised by a"):
+        in_windows(model, x, windows)
+    model.eval()
+    if kind['type'] == 'BN':
+        model[0].norm.running_mean.normal_()
+        assert_near(in_windows(model, x, windows), model(x), 1e-13)
+    else:
+        with pytest.raises(ValueError, match='only an evaluated BatchNorm'):
+            in_windows(model, x, windows)
+
+
+@pytest.mark.parametrize('how', [deepcopy, lambda m: fuse_poly_nl(m)[0]])
+def test_copies_made_within_are_refused(how):
+    model, x = host(), image()
+    with shared_context(model, Frames()) as over:
+        copied = how(model)
+        with pytest.raises(RuntimeError, match='copied or fused within'):
+            over(copied, x)
+
+
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda: grid((10, 10), (4, 4), (5, 4)),
+        lambda: grid((10, 0), (4, 4), (4, 4)),
+        lambda: grid((10, 9), (4, 4), (4, 0)),
+        lambda: bands((10, 4), 3, multiple=8),
+        lambda: Windows(-1),
+        lambda: Windows(float('nan')),
+        lambda: Frames(0.5),
+    ],
+)
+def test_bad_arguments(call):
+    with pytest.raises(ValueError):
+        call()
+
+
+# ------------------------------------------------- models, wrapped and fused
+
+
+@pytest.mark.parametrize('how', ['inference', 'training'])
+@torch.no_grad()
+def test_fused_layers(how):
+    model, x = host(), image()
+    want = model(x)
+    report = fuse_poly_nl(model, trainable=how == 'training')[1]
+    assert len(report.fused) == 2
+    windows = grid(SIZE, (9, 10), (5, 7))
+    assert_near(in_windows(model, x, windows), want, 1e-12)
+
+
+@torch.no_grad()
+def test_layers_within_wrappers():
+    model, x = ExponentialMovingAverage(host()), image()
+    windows = grid(SIZE, (9, 10), (5, 7))
+    assert_near(in_windows(model, x, windows), model(x), 1e-13)
+
+
+def test_compiled():
+    model, x = host(), image()
+    compiled = torch.compile(model, backend='eager')
+    windows = grid(SIZE, (9, 10), (5, 7))
+    with torch.no_grad():
+        want = compiled(x)
+        for budget in BUDGETS.values():
+            y = in_windows(compiled, x, windows, budget)
+            assert_near(y, want, 1e-13)
+        assert torch.equal(compiled(x), want)
+
+
+@pytest.mark.parametrize('pooling', ['att', 'avg'])
+@torch.no_grad()
+def test_context_blocks_of_mmcv(pooling):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), ContextBlock(8, 0.5, pooling), PolyNL2d(8)
+    ).double()
+    for p in model.parameters():
+        nn.init.normal_(p)
+    x, windows = image(), grid(SIZE, (9, 10), (5, 7))
+    want = model(x)
+    for budget in BUDGETS.values():
+        assert_near(in_windows(model, x, windows, budget), want, 1e-12)
+    assert is_clean(model) and torch.equal(model(x), want)
+    alone = stitch(want, windows, [model(cut(x, w)) for w in windows])
+    assert (alone - want).abs().max() > 1e-2 * want.abs().max()
+
+
+def run_all(calls):
+    """Each in a thread, all at once."""
+    results, errors = [None] * len(calls), []
+
+    def run(k):
+        try:
+            with torch.no_grad():
+                results[k] = calls[k]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=run, args=(k,)) for k in range(len(calls))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    return results
+
+
+@pytest.mark.parametrize('budget', [None, 0], ids=['held', 'not held'])
+def test_images_in_flight_do_not_mix(budget):
+    """One model, two images in windows, and one that is given whole."""
+    model = host()
+    images = [image(seed=seed) for seed in range(3)]
+    with torch.no_grad():
+        wants = [model(x) for x in images]
+    windows = grid(SIZE, (9, 10), (5, 7))
+    wait = threading.Barrier(3)
+
+    def march(x):
+        def step(window):
+            if window is windows[3]:
+                wait.wait()
+            return model(cut(x, window))
+
+        with shared_context(model, Windows(budget, images=2)) as over:
+            return stitch(x[:, :2], windows, over(step, windows))
+
+    def whole():
+        y = []
+        for _ in range(3 if budget == 0 else 1):
+            wait.wait()
+            y.append(model(images[2]))
+        return y[-1]
+
+    calls = [lambda: march(images[0]), lambda: march(images[1]), whole]
+    for y, want in zip(run_all(calls), wants):
+        assert_near(y, want, 1e-13)
+    assert is_clean(model)
+
+
+# --------------------------------------------------- processes, frames, crops
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def process(rank, count, file):
+    dist.init_process_group(
+        'gloo', init_method=f'file://{file}', rank=rank, world_size=count
+    )
+    torch.manual_seed(0)
+    model, x = host(), image(size=(24, 31))
+    model.append(ContextBlock(2, 1.0).double())
+    model[-1].channel_add_conv[-1].weight.data.normal_()
+    params = list(model.parameters())
+    y = model(x)
+    wants = torch.autograd.grad(y.square().sum(), params)
+    parts = bands(x.shape[2:], count, halo=3)
+    sent, all_reduce = [], dist.all_reduce
+
+    def counted(t, *args, **kwargs):
+        sent.append(t.numel())
+        return all_reduce(t, *args, **kwargs)
+
+    dist.all_reduce = counted
+    with shared_context(model, Processes(parts[rank])) as over:
+        mine = model(cut(x, parts[rank]))
+    core = stitch(y.detach(), [parts[rank]], [mine])
+    core = core[..., slice(*parts[rank].core[1::2]), :]
+    assert_near(core, y[..., slice(*parts[rank].core[1::2]), :], 1e-12)
+    assert over.share == pytest.approx(1 / count)
+    gots = torch.autograd.grad(core.square().sum(), params)
+    dist.all_reduce = all_reduce
+    # The area once; C numbers a layer and image, C + 1 of a ContextBlock,
+    # and the same in backward.
+    layers = [2 * 8, 2 * 6, 2 * (2 + 1)]
+    assert sent == [1, *layers, *reversed(layers)]
+    for got in gots:
+        dist.all_reduce(got)
+    assert_near(flat(gots), flat(wants), 1e-12)
+    # Windows of what each process holds.
+    part = bands(x.shape[2:], count)[rank]
+    windows = grid((part.box[3] - part.box[1], 31), (4, 9), (3, 5))
+    with torch.no_grad(), shared_context(model, Processes(part)):
+        with shared_context(model, Windows(images=2)) as over:
+            parts = over(lambda w: model(cut(cut(x, part), w)), windows)
+    got = stitch(cut(y, part).detach(), windows, parts)
+    assert_near(got, cut(y, part).detach(), 1e-12)
+    dist.barrier()
+    dist.destroy_process_group()
+    # Python's own end may meet a thread of gloo, see polynl_mm.engine.
+    os._exit(0)
+
+
+@pytest.mark.parametrize('count', [2, 4])
+def test_parts_in_processes(tmp_path, count):
+    mp.spawn(process, (count, tmp_path / 'group'), nprocs=count)
+
+
+def test_bands():
+    assert bands((64, 9), 3, halo=5, multiple=4) == [
+        Window((0, 0, 9, 28), (0, 0, 9, 20)),
+        Window((0, 12, 9, 52), (0, 20, 9, 44)),
+        Window((0, 36, 9, 64), (0, 44, 9, 64)),
+    ]
+
+
+@torch.no_grad()
+def test_frames_are_a_running_mean():
+    model, gates, means = host()[:3], [], []
+    frames = [image(seed=seed) for seed in range(7)]
+
+    def note(layer, x):
+        return (lambda g: gates.append(g) or g), None
+
+    model[1].around = note
+    alone = [model(x) for x in frames]
+    for time, gate in enumerate(gates, 1):
+        before = means[-1] if means else 0
+        means.append(before + (gate - before) / min(time, 3))
+    wants = []
+    for x, mean in zip(frames, means):
+        model[1].around = lambda layer, x, mean=mean: (lambda g: mean, None)
+        wants.append(model(x))
+    del model[1].around
+    assert_near(means[2], sum(gates[:3]) / 3, 1e-13)
+    with shared_context(model, Frames(horizon=3)) as over:
+        for x, want in zip(frames, wants):
+            assert_near(over(model, x), want, 1e-13)
+        over.reset()
+        assert_near(over(model, frames[4]), alone[4], 1e-13)
+
+
+@torch.no_grad()
+def test_all_frames_are_one_image():
+    """Without a horizon the last frame has the gate of all, also by windows
+    and for what counts by its own sums."""
+    model = host()
+    model[1] = ContextBlock(8, 1.0).double()
+    model[1].channel_add_conv[-1].weight.normal_()
+    model[1].conv_mask.weight.normal_()
+    frame = image(size=(24, 30))
+    windows = grid((24, 30), (8, 10), (8, 10))
+    with shared_context(model[:3], Frames()) as over:
+        for window in windows:
+            y = over(model[:3], cut(frame, window))
+    assert_near(y, cut(model[:3](frame), window), 1e-13)
+    rows = [frame[..., :8, :], frame[..., 8:16, :], frame[..., 16:, :]]
+    windows = grid((8, 30), (5, 10), (3, 8))
+    with shared_context(model[:3], Frames()) as frames:
+        for row in rows:
+            y = frames(in_windows_alone, model[:3], row, windows)
+    assert_near(y, model[:3](frame)[..., 16:, :], 1e-13)
+
+
+def in_windows_alone(model, x, windows):
+    with shared_context(model, Windows(images=len(x))) as over:
+        parts = over(lambda window: model(cut(x, window)), windows)
+    return stitch(x.new_empty(len(x), 8, *x.shape[2:]), windows, parts)
+
+
+def test_frames_that_fail_do_not_count():
+    model, x = host(), image()
+    with torch.no_grad(), shared_context(model, Frames()) as over:
+        over(model, x)
+        want = over(model, 2 * x)
+    with torch.no_grad(), shared_context(model, Frames()) as over:
+        over(model, x)
+        for step, message in (
+            (lambda x: model(3 * x)[:, 9], 'out of bounds'),
+            (lambda x: model[:3](x), "this frame did not go through '4'"),
+            (lambda x: model(x[:1]), "'1' with .1, 8. was not in the frames"),
+        ):
+            with pytest.raises((IndexError, RuntimeError), match=message):
+                over(step, x)
+        assert_near(over(model, 2 * x), want, 1e-15)
+
+
+@pytest.mark.parametrize('how', ['plain', 'checkpointed', 'on a GPU'])
+def test_crops_of_images_in_a_batch(how):
+    model, first, second = host(), image(1, seed=1), image(1, seed=2)
+    crops = [
+        first[..., :9, :10],
+        second[..., 9:18, :10],
+        first[..., 9:18, 21:],
+        first[..., 2:11, 5:15],
+    ]
+    names = ['a', 'b', 'a', 'a']
+    params = list(model.parameters())
+
+    # Side by side, the crops of an image are an image.
+    def row(name):
+        picked = [c for c, of in zip(crops, names) if of == name]
+        return model(torch.cat(picked, 3)).split(10, 3)
+
+    rows = {name: iter(row(name)) for name in 'ab'}
+    want = torch.cat([next(rows[name]) for name in names])
+    wants = torch.autograd.grad(want.square().sum(), params)
+    with shared_context(model, Crops(names)):
+        if how == 'plain':
+            y = model(torch.cat(crops))
+        else:
+            x = torch.cat(crops)
+            y = checkpoint(model, x, use_reentrant=False)
+        loss = y.square().sum()
+        if how == 'on a GPU':
+            # There a thread of autograd's computes again.
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+            gots = [p.grad for p in params]
+        else:
+            gots = torch.autograd.grad(loss, params)
+    assert_near(y, want, 1e-13)
+    assert_near(flat(gots), flat(wants), 1e-13)
+
+
+def test_crops_of_context_blocks():
+    torch.manual_seed(0)
+    model = nn.Sequential(ContextBlock(3, 1.0)).double()
+    for p in model.parameters():
+        nn.init.normal_(p)
+    x = image(3)
+    want = torch.cat(model(torch.cat([x[:1], x[2:]], 3)).split(31, 3))
+    with shared_context(model, Crops([7, 8, 7])):
+        y = model(x)
+    assert_near(y[::2], want, 1e-13)
+    assert_near(y[1:2], model(x[1:2]), 1e-13)
+
+
+def test_crops_of_another_batch():
+    model, over = host(), Crops('ab')
+    with shared_context(model, over):
+        with pytest.raises(RuntimeError, match=r"'1' is .* with 3 .* has 2"):
+            model(image(3))
+        over.images = 'aba'
+        model(image(3))
+
+
+def test_maps_of_a_coarse_stride():
+    """A strided convolution whose windows begin at its own multiples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 4, 4), PolyNL2d(8, beta_init=1.0)
+    ).double()
+    x = image(size=(24, 32))
+    windows = grid((24, 32), (12, 16), (8, 8))
+    with torch.no_grad(), shared_context(model, Windows(images=2)) as over:
+        parts = over(lambda window: model(cut(x, window)), windows)
+        large = [interpolate(part, scale_factor=4) for part in parts]
+    want = interpolate(model(x), scale_factor=4)
+    assert_near(stitch(want, windows, large), want.detach(), 1e-13)
