@@ -27,6 +27,8 @@ _HOST_OF = {
     'polynl_mm.faces.visualizer': 'mmdet',
     'polynl_mm.faces.metric': 'mmengine',
     'polynl_mm.segmentation.head': 'mmseg',
+    # Nor in it: any look-up lets mmseg's windows share a context.
+    'polynl_mm.segmentation.windows': 'mmseg',
 }
 _LOCATIONS = [name for name, host in _HOST_OF.items() if find_spec(host)]
 

@@ -1,0 +1,176 @@
+"""One context for all windows of mmseg's sliding-window inference.
+
+mmseg's windows know nothing of each other, so that the gate of a Poly-NL
+layer is a mean over one window only. With one more key it is that of the
+whole image, see :class:`polynl_mm.context.Windows`::
+
+    model = dict(
+        test_cfg=dict(
+            mode='slide',
+            crop_size=(512, 1024),
+            stride=(341, 683),
+            context='image',
+        )
+    )
+
+``context`` is ``'image'``, or a dict of arguments of ``Windows``:
+``dict(budget=512, wait_on='cpu')`` keeps 512 MiB of features in the memory of
+the host; None, the default, is mmseg's own inference. It holds for every
+segmentor with Poly-NL layers, or mmcv's ``ContextBlock``, in backbone, neck
+or head, by whatever calls it: each call has a context of its own, with
+test-time augmentation each view. The images of a batch do not mix.
+
+**This is the one place where this package replaces functions of a host**, the
+moment it is imported: mmseg has no hook around its windows, and segmentors of
+our own would take another ``type`` in every config, and a twin of each of its
+classes, where one key should do. Replaced are
+
+- ``slide_inference`` of ``EncoderDecoder``, which nearly all segmentors
+  inherit, and of ``MultimodalEncoderDecoder``;
+- ``forward`` of ``BaseSegmentor``, which sees that the key is heeded.
+
+Without the key they do no more than to call mmseg's own. A config that
+names any ``polynl_mm`` type has this module imported; one that does not, such
+as a ``GCHead``'s, needs ``custom_imports=dict(imports=[
+'polynl_mm.segmentation.windows'])``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from copy import deepcopy
+from functools import wraps
+
+import torch
+from mmseg.models.segmentors import (
+    BaseSegmentor,
+    DepthEstimator,
+    EncoderDecoder,
+    MultimodalEncoderDecoder,
+)
+from torch import Tensor
+
+from polynl_mm.context import Window, Windows, grid, shared_context
+
+# What tests do not call, or what does not look at the image.
+_EXCLUDED = ('auxiliary_head.*', 'text_encoder.*')
+# The segmentors that have gone through windows of one context, in this call.
+_heeded: ContextVar[list | None] = ContextVar('heeded', default=None)
+
+
+def _around(kind: type, name: str) -> Callable:
+    """Have a function stand around a host's, which it is given first."""
+    present = vars(kind)[name]
+    # That of the host also where this module is imported once more.
+    host = getattr(present, 'host', present)
+
+    def decorate(function):
+        @wraps(host)
+        def method(self, *args, **kwargs):
+            return function(host, self, *args, **kwargs)
+
+        method.host = host
+        setattr(kind, name, method)
+        return function
+
+    return decorate
+
+
+@_around(EncoderDecoder, 'slide_inference')
+@_around(MultimodalEncoderDecoder, 'slide_inference')
+def _slide_inference(
+    host: Callable,
+    self: BaseSegmentor,
+    inputs: Tensor,
+    batch_img_metas: list[dict],
+) -> Tensor:
+    """Do what mmseg's does, with one context for all windows.
+
+    Args:
+        inputs (Tensor): (B, 3, H, W).
+        batch_img_metas: Left as they are: each window has a copy, with its
+            own ``img_shape``. mmseg leaves that of the last window there.
+
+    Returns:
+        Tensor: (B, out_channels, H, W), the mean of the logits of all windows
+        over a position.
+
+    Raises:
+        ValueError: On a ``context`` that is none, on gaps between windows, if
+            no layer takes part or one is normalised by its window.
+        WindowError: The model failed in a window, which is named.
+    """
+    cfg = self.test_cfg
+    if cfg.get('context') is None:
+        return host(self, inputs, batch_img_metas)
+    windows = _windows(cfg.context, len(inputs))
+    size = inputs.shape[2:]
+    logits = inputs.new_zeros((len(inputs), self.out_channels, *size))
+    count = inputs.new_zeros((len(inputs), 1, *size))
+
+    def step(window: Window) -> None:
+        x1, y1, x2, y2 = window.box
+        part = (..., slice(y1, y2), slice(x1, x2))
+        metas = deepcopy(batch_img_metas)
+        metas[0]['img_shape'] = inputs[part].shape[2:]
+        result = self.encode_decode(inputs[part], metas)
+        # Windows end one after the other, in their order, which is mmseg's.
+        logits[part] += result
+        count[part] += 1
+
+    with shared_context(self, windows, exclude=_EXCLUDED):
+        windows(step, grid(size, cfg.crop_size, cfg.stride))
+    if _heeded.get() is not None:
+        _heeded.get().append(self)
+    return logits / count
+
+
+def _windows(context: str | dict, images: int) -> Windows:
+    try:
+        options = {} if context == 'image' else dict(**context)
+        torch.device(options.get('wait_on') or 'cpu')
+        return Windows(images=images, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"model.test_cfg.context={context!r}, expected 'image' or "
+            f'dict(budget=MiB or None, wait_on=device): {error}'
+        ) from error
+
+
+@_around(BaseSegmentor, 'forward')
+def _forward(
+    host: Callable,
+    self: BaseSegmentor,
+    inputs: Tensor,
+    data_samples: list | None = None,
+    mode: str = 'tensor',
+):
+    """Do what mmseg's does, and see that a ``context`` is heeded.
+
+    Raises:
+        ValueError: It is not, as there are no windows.
+        TypeError: It is not, as the segmentor has its own way to make them.
+    """
+    cfg = getattr(self, 'test_cfg', None) or {}
+    if mode != 'predict' or cfg.get('context') is None:
+        return host(self, inputs, data_samples, mode)
+    key = f'model.test_cfg.context={cfg["context"]!r}'
+    if cfg.get('mode') != 'slide':
+        raise ValueError(
+            f"{key} is for model.test_cfg.mode='slide', got "
+            f'{cfg.get("mode")!r}'
+        )
+    heeded = []
+    token = _heeded.set(heeded)
+    try:
+        result = host(self, inputs, data_samples, mode)
+    finally:
+        _heeded.reset(token)
+    # mmseg 1.2.2 has a DepthEstimator do both, and takes the whole image's.
+    if self not in heeded or isinstance(self, DepthEstimator):
+        raise TypeError(
+            f"{key}: {type(self).__name__} does not take what mmseg's "
+            'slide_inference makes of the windows'
+        )
+    return result
