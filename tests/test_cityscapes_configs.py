@@ -233,6 +233,7 @@ def test_segformer_learns_the_block_as_fast_as_its_head():
     [
         (OURS, 'whole', 1),
         (f'{OURS}-slide', 'slide', 9),
+        (f'{OURS}-slide-context', 'slide', 9),
         (OURS.replace('512x1024', '769x769'), 'slide', 8),
         (OURS.replace('512x1024', '769x769') + '-whole', 'whole', 1),
     ],
