@@ -221,8 +221,12 @@ def host_inference(model, inputs, given):
 
 @pytest.mark.parametrize('stride', [(16, 20), (11, 15), (3, 7)], ids=str)
 def test_without_a_branch_it_is_the_host_bit_by_bit(stride):
-    """The same windows in the same order: what is left without a gate."""
-    model, inputs = build(torch.float32), images(2)
+    """The same windows in the same order: what is left without a gate.
+
+    With convolutions that see borders, so that windows do not agree.
+    """
+    model = build(torch.float32, decode_head=dict(HEAD, kernel_size=3))
+    inputs = images(2)
     for layer in layers_of(model).values():
         torch.nn.init.zeros_(layer.beta)
     slide = dict(WINDOWS, stride=stride)
@@ -540,6 +544,7 @@ def test_a_failing_window_is_named():
     with pytest.raises(WindowError, match=said):
         predict(model, **WINDOWS, context='image')
     handle.remove()
+    assert module._heeded.get() is None
     assert state == {path: vars(m) for path, m in model.named_modules()}
     after = predict(model, **WINDOWS, context='image')
     for a, b in zip(before, after):
