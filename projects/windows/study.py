@@ -57,18 +57,25 @@ def build(head: str, data_root: str) -> Runner:
     cfg = Config.fromfile(CONFIG)
     cfg.model.decode_head.type = head
     cfg.test_dataloader.dataset.data_root = data_root
-    cfg.work_dir = 'work_dirs/windows'
+    cfg.work_dir, cfg.log_level = 'work_dirs/windows', 'WARNING'
     return Runner.from_cfg(cfg)
 
 
 def evaluate(runner: Runner, checkpoint: str, cases: dict) -> dict:
     """mIoU of each case."""
     load_checkpoint(runner.model, checkpoint, map_location='cpu')
-    loop = runner.build_test_loop(runner.cfg.test_cfg)
+    model = runner.model.eval()
+    loader = runner.build_dataloader(runner.cfg.test_dataloader)
+    evaluator = runner.build_evaluator(runner.cfg.test_evaluator)
+    evaluator.dataset_meta = loader.dataset.metainfo
     found = {}
     for case, test_cfg in cases.items():
-        runner.model.test_cfg = ConfigDict(test_cfg)
-        found[case] = loop.run()['mIoU']
+        model.test_cfg = ConfigDict(test_cfg)
+        for batch in loader:
+            with torch.no_grad():
+                evaluator.process(model.test_step(batch), batch)
+        found[case] = evaluator.evaluate(len(loader.dataset))['mIoU']
+        print(checkpoint, *case, found[case], file=sys.stderr, flush=True)
     return found
 
 
@@ -89,12 +96,15 @@ def told(found: list[dict]) -> str:
     return table(['', "each window's own", 'one for all windows'], rows)
 
 
-def draw(runner: Runner, out: str, index: int) -> None:
+def draw(runner: Runner, checkpoint: str, out: str, index: int) -> None:
     """One picture: itself, its labels, whole, windows, one context."""
-    model = runner.model
-    data = runner.test_dataloader.dataset[index]
-    sample, palette = data['data_samples'], model.dataset_meta['palette']
-    palette = np.array([*palette, *[(0, 0, 0)] * (256 - len(palette))])
+    load_checkpoint(runner.model, checkpoint, map_location='cpu')
+    model = runner.model.eval()
+    dataset = runner.build_dataloader(runner.cfg.test_dataloader).dataset
+    palette = np.zeros((256, 3))
+    palette[:19] = dataset.metainfo['palette']
+    data = dataset[index]
+    sample = data['data_samples']
     image = data['inputs'].permute(1, 2, 0).numpy()
     maps = [sample.gt_sem_seg.data[0].numpy()]
     slide = dict(mode='slide', crop_size=(64, 64), stride=(64, 64))
@@ -130,10 +140,7 @@ def main() -> None:
     # Attention compares all pairs: there is nothing small to be shared.
     cases = settings(one_context=args.head != 'NLHead')
     if args.picture:
-        load_checkpoint(runner.model, args.checkpoints[0], map_location='cpu')
-        runner.model.eval()
-        runner.model.dataset_meta = runner.test_dataloader.dataset.metainfo
-        draw(runner, args.picture, args.index)
+        draw(runner, args.checkpoints[0], args.picture, args.index)
         return
     found = [evaluate(runner, path, cases) for path in args.checkpoints]
     if args.json:
