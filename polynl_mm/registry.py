@@ -20,6 +20,7 @@ _HOST_OF = {
     # No type is in it: any look-up lets torch read mmengine's checkpoints.
     'polynl_mm.engine.safe_load': 'mmengine',
     'polynl_mm.engine.hooks': 'mmengine',
+    'polynl_mm.engine.loops': 'mmengine',
     'polynl_mm.faces.dataset': 'mmdet',
     'polynl_mm.faces.transforms': 'mmdet',
     'polynl_mm.faces.head': 'mmdet',
@@ -46,6 +47,7 @@ TRANSFORMS = _child(root.TRANSFORMS)
 METRICS = _child(root.METRICS)
 VISUALIZERS = _child(root.VISUALIZERS)
 HOOKS = _child(root.HOOKS)
+LOOPS = _child(root.LOOPS)
 RUNNERS = _child(root.RUNNERS)
 
 # The layers need only torch, and so can not do it themselves.

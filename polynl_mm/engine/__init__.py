@@ -5,6 +5,7 @@
 - ``checks``: what is looked at before a start.
 - ``start``: from a config to a runner.
 - ``runner``: several processes on CPUs.
+- ``loops``: training where the parts of an image share their gates.
 - ``hooks``: what a training with Poly-NL layers is watched for.
 - ``safe_load``: lets torch's safe loader read mmengine's checkpoints.
 """
