@@ -1,6 +1,6 @@
 """Training on bands and on crops: the same steps as with the whole image.
 
-Run as a script under torchrun, this file is the worker of its own tests.
+Run as a script, this file is the four processes of its own tests.
 """
 
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ pytest.importorskip('mmseg')
 
 import torch.nn.functional as F  # noqa: E402
 from mmengine.config import Config  # noqa: E402
+from mmengine.dataset import pseudo_collate  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from mmengine.structures import PixelData  # noqa: E402
 from mmseg.models import SegDataPreProcessor  # noqa: E402
@@ -24,7 +26,9 @@ from mmseg.structures import SegDataSample  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
 from torch import nn  # noqa: E402
 
-from polynl_mm.layers import InContext, PolyNL2d  # noqa: E402
+from polynl_mm.engine import loops  # noqa: E402
+from polynl_mm.engine.runner import GlooRunner  # noqa: E402
+from polynl_mm.layers import PolyNL2d  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 WORLD, RATE, CLASSES = 4, 0.3, 3
@@ -191,7 +195,16 @@ class RandomCrops:
 # --------------------------------------------------------------------- steps
 
 
-def train(folder, model, data, runner=Runner, batch_size=1, by=None, **cfg):
+def train(
+    folder,
+    model,
+    data,
+    runner=Runner,
+    batch_size=1,
+    by=None,
+    collate=pseudo_collate,
+    **cfg,
+):
     """Train by the loops; gives the runner."""
     wrapper = cfg.pop('optim_wrapper', {})
     hooks = cfg.pop('custom_hooks', None)
@@ -205,7 +218,7 @@ def train(folder, model, data, runner=Runner, batch_size=1, by=None, **cfg):
             num_workers=0,
             sampler=dict(type='DefaultSampler', shuffle=False),
             dataset=data,
-            collate_fn=dict(type='pseudo_collate'),
+            collate_fn=dict(type=collate),
             **loader,
         ),
         train_cfg={**(by or default), **cfg.pop('train_cfg', {})},
@@ -300,11 +313,27 @@ def steps(data, ranks, by_epoch=False):
     ]
 
 
-def work(folder):
-    """What every process does; saved are the results of the first."""
-    from polynl_mm.engine.runner import GlooRunner
+def interrupt(*args):
+    raise KeyboardInterrupt('by the user')
 
-    rank, results, sent = int(os.environ['RANK']), {}, []
+
+def assert_left(model):
+    """The model is as it was before the iteration."""
+    for each in model.modules():
+        assert getattr(each, 'around', None) is None
+    assert not model.data_preprocessor._forward_hooks
+    assert len(model.decode_head.loss_decode._forward_hooks) <= 1
+
+
+def process(rank, folder):
+    """What each does; saved are the results of the first."""
+    torch.distributed.init_process_group(
+        'gloo',
+        init_method=f'file://{folder}/group',
+        rank=rank,
+        world_size=WORLD,
+    )
+    results, sent = {}, []
     all_reduce = torch.distributed.all_reduce
 
     def counted(tensor, *args, **kwargs):
@@ -334,12 +363,7 @@ def work(folder):
             ),
         )
         assert done.iter == ranks
-        assert all(
-            each.around is None
-            for each in model.modules()
-            if isinstance(each, InContext)
-        )
-        assert not model.data_preprocessor._forward_hooks
+        assert_left(model)
         results[name] = moved(model, start), list(sent)
 
     # Two images before a step.
@@ -353,16 +377,42 @@ def work(folder):
         train_cfg=dict(ranks_per_image=2, halo=4, multiple=1),
     )
     results['accumulated'] = moved(model, toy()), []
+
+    # Both fail between forward and the end of the iteration.
+    depth, model = pictures(WORLD, (21, 8)), toy()
+    for each in depth:
+        each['data_samples'].gt_depth_map = PixelData(
+            data=torch.ones(1, 21, 8)
+        )
+    model.decode_head.loss_decode.register_forward_hook(interrupt)
+    for name, data in (
+        ('depth', depth),
+        ('interrupted', pictures(4, (21, 8))),
+    ):
+        try:
+            train(
+                folder / name,
+                model,
+                data,
+                GlooRunner,
+                train_cfg=dict(ranks_per_image=2, halo=4, multiple=1),
+            )
+        except (ValueError, KeyboardInterrupt) as error:
+            results[name] = f'{type(error).__name__}: {error}'
+        assert_left(model)
     if rank == 0:
         torch.save(results, folder / 'results.pth')
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # Python's own end may meet a thread of gloo, see polynl_mm.engine.
+    os._exit(0)
 
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp('bands')
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-        + [f'--nproc-per-node={WORLD}', __file__, str(folder)],
+        [sys.executable, __file__, str(folder)],
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
@@ -397,7 +447,187 @@ def test_only_the_channels_are_sent(results):
     assert results['one group'][1] == [1, 5, 7, 7, 5] * 4
 
 
-if __name__ == '__main__':
-    from polynl_mm.engine import cli
+def test_failed_iteration_leaves_the_model(results):
+    assert results['interrupted'] == 'KeyboardInterrupt: by the user'
+    assert results['depth'].startswith(
+        "ValueError: ranks_per_image=2: the data samples have ['gt_"
+    )
 
-    cli.run(lambda: work(Path(sys.argv[1])))
+
+# ---------------------------------------------------------------------- crops
+
+
+def alternate(batch):
+    """The first crop of each image, then the second of each."""
+    return pseudo_collate(batch[::2] + batch[1::2])
+
+
+@pytest.mark.parametrize('collate', [pseudo_collate, alternate])
+def test_crops_are_trained_as_one_image(tmp_path, collate):
+    """To convolutions of 1 x 1 they are, side by side."""
+    model = toy(1, size=(9, 8))
+    train(
+        tmp_path,
+        model,
+        RandomCrops(4, (9, 8)),
+        batch_size=4,
+        train_dataloader=dict(drop_last=True),
+        collate=collate,
+        train_cfg=dict(crops_per_image=2),
+    )
+    assert_left(model)
+    crops = RandomCrops(4, (9, 8))
+    images = []
+    for index in range(4):
+        pair = [crops[index] for _ in range(2)]
+        labels = [each['data_samples'].gt_sem_seg.data for each in pair]
+        images.append(
+            dict(
+                inputs=torch.cat([each['inputs'] for each in pair], -1),
+                data_samples=SegDataSample(
+                    gt_sem_seg=PixelData(data=torch.cat(labels, -1))
+                ),
+            )
+        )
+    whole = stepped(toy(1, size=(9, 16)), [[images[:2]], [images[2:]]])
+    assert_same_steps(moved(model, toy(1)), whole, toy(1), 1e-10)
+
+
+def test_without_either_it_is_the_loop_of_mmengine(tmp_path):
+    data = pictures(4, (21, 8))
+    ours, theirs = toy(), toy()
+    train(tmp_path / 'ours', ours, data, batch_size=2)
+    train(
+        *(tmp_path / 'theirs', theirs, data),
+        batch_size=2,
+        by=dict(type='IterBasedTrainLoop', max_iters=2),
+    )
+    assert_same_steps(moved(ours, toy()), theirs, toy(), 0)
+
+
+def test_interrupted_with_crops(tmp_path):
+    model = toy(1, size=(9, 8))
+    model.decode_head.loss_decode.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            *(tmp_path, model, RandomCrops(2, (9, 8))),
+            batch_size=2,
+            train_cfg=dict(crops_per_image=2),
+        )
+    assert_left(model)
+
+
+# --------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    'given, loader, said',
+    [
+        (
+            dict(crops_per_image=0),
+            {},
+            r'crops_per_image must .* 1 or more, got 0',
+        ),
+        (dict(ranks_per_image=2.0), {}, 'ranks_per_image must .* got 2.0'),
+        (dict(halo=-1), {}, 'halo must be an int, 0 or more, got -1'),
+        (dict(multiple=0), {}, 'multiple must be an int, 1 or more, got 0'),
+        (
+            dict(crops_per_image=2, ranks_per_image=3),
+            {},
+            'crops_per_image=2 and ranks_per_image=3: only one',
+        ),
+        (
+            dict(crops_per_image=3),
+            {},
+            'batch_size=4 is not a multiple of train_cfg.crops_per_image=3',
+        ),
+        (
+            dict(crops_per_image=2),
+            dict(batch_sampler=dict(type='AspectRatioBatchSampler')),
+            'batch_sampler=None, got .*AspectRatio',
+        ),
+        (dict(crops_per_image=2), {}, 'no img_path; add it to meta_keys'),
+        (dict(ranks_per_image=2), {}, 'processes must be a multiple .* got 1'),
+    ],
+)
+def test_wrong_arguments(tmp_path, given, loader, said):
+    with pytest.raises(ValueError, match=said):
+        train(
+            *(tmp_path, toy(), pictures(4, (21, 8))),
+            batch_size=4,
+            train_dataloader=loader,
+            train_cfg=given,
+        )
+
+
+def check(model, auto_scale_lr=None):
+    """Make a loop for bands of a model; gives the error and the warnings."""
+    warnings = []
+    runner = SimpleNamespace(
+        model=model,
+        auto_scale_lr=auto_scale_lr,
+        logger=SimpleNamespace(warning=warnings.append),
+    )
+    with pytest.raises(ValueError) as info:
+        loops.IterBasedTrainLoop(runner, {}, max_iters=1, ranks_per_image=2)
+    return str(info.value), warnings
+
+
+def test_loader_that_is_made_has_its_own_batches(tmp_path):
+    loader = torch.utils.data.DataLoader(pictures(2, (21, 8)))
+    with pytest.raises(ValueError, match='as a config, got a DataLoader'):
+        loops.IterBasedTrainLoop(None, loader, 1, crops_per_image=2)
+
+
+def test_batch_norm_in_training_is_refused():
+    model = resnet(**{'backbone.norm_eval': False})
+    error, _ = check(model)
+    assert 'backbone.stem.1 is a ' in error and 'SyncBN (on GPUs)' in error
+    model = resnet(**{'decode_head.norm_cfg': dict(type='BN')})
+    assert 'decode_head.convs.0.bn is a BatchNorm2d' in check(model)[0]
+
+
+def test_norm_of_a_band_and_loss_that_is_no_mean_are_warned_of():
+    model = resnet(
+        **{
+            'decode_head.norm_cfg': dict(type='GN', num_groups=2),
+            'decode_head.loss_decode': [
+                dict(type='CrossEntropyLoss'),
+                dict(type='CrossEntropyLoss', class_weight=[1.0, 2.0, 3.0]),
+                dict(type='DiceLoss'),
+            ],
+        }
+    )
+    warnings = check(model)[1]
+    assert len(warnings) == 3
+    assert 'decode_head.convs.0.gn (of 3) normalises' in warnings[0]
+    assert 'CrossEntropyLoss of PolyNLHead is not a plain' in warnings[1]
+    assert 'DiceLoss of PolyNLHead is not a plain' in warnings[2]
+    assert check(resnet())[1] == []
+
+
+def test_models_that_can_not_be_cut():
+    lr = dict(enable=True, base_batch_size=4)
+    assert 'auto_scale_lr would' in check(toy(), lr)[0]
+    model = toy()
+    model.data_preprocessor.batch_augments = print
+    assert 'batch_augments are random' in check(model)[0]
+    model = toy()
+    del model.decode_head.loss_decode
+    assert 'there is no such head' in check(model)[0]
+
+
+def test_model_without_a_layer_fails_before_the_start():
+    model = nn.Conv2d(1, 1, 1)
+    with pytest.raises(ValueError, match='Conv2d has no Poly-NL layer'):
+        loops.IterBasedTrainLoop(
+            *(SimpleNamespace(model=model), dict(batch_size=2), 1),
+            crops_per_image=2,
+        )
+
+
+if __name__ == '__main__':
+    # Forked, as it takes seconds to import all this.
+    torch.multiprocessing.start_processes(
+        process, (Path(sys.argv[1]),), nprocs=WORLD, start_method='fork'
+    )
