@@ -248,3 +248,21 @@ def test_seg_tta(place, seg_tests):
     assert seg_tests['tta'].code == 0, seg_tests['tta'].err
     assert ran_model(place / 'seg_tta/seg.py') == 'SegTTAModel'
     assert set(scalars(place / 'seg_tta')) == {'aAcc', 'mIoU'}
+
+
+def test_seg_trains_on_bands(place, start, finish, free_port):
+    """Of 32 rows in each process, with those of the other as halo."""
+    done = finish(
+        start(
+            *('dist_train.sh', 'seg.py', 2, '--work-dir', 'bands'),
+            *('--cfg-options', 'train_cfg.type=polynl_mm.IterBasedTrainLoop'),
+            *('train_cfg.ranks_per_image=2', 'train_cfg.halo=32'),
+            # Without a GPU, SyncBN becomes BatchNorm, which is refused.
+            'model.backbone.norm_eval=True',
+            'model.decode_head.norm_cfg=None',
+            PORT=free_port(),
+        )
+    )
+    assert done.code == 0, done.err
+    assert (place / 'bands/iter_2.pth').is_file()
+    assert set(scalars(place / 'bands')) >= {'aAcc', 'mIoU'}
