@@ -21,6 +21,7 @@ _HOST_OF = {
     'polynl_mm.engine.safe_load': 'mmengine',
     'polynl_mm.engine.hooks': 'mmengine',
     'polynl_mm.engine.loops': 'mmengine',
+    'polynl_mm.detection.tiles': 'mmdet',
     'polynl_mm.faces.dataset': 'mmdet',
     'polynl_mm.faces.transforms': 'mmdet',
     'polynl_mm.faces.head': 'mmdet',

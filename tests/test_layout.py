@@ -23,9 +23,10 @@ MAY_IMPORT = {
     'context': {'ops', 'layers'},
     'insertion': LAYER,
     'fusion': LAYER | {'insertion'},
+    'detection': BLOCK,
     'faces': BLOCK,
     'segmentation': BLOCK,
-    'engine': BLOCK | {'faces', 'segmentation'},
+    'engine': BLOCK | {'detection', 'faces', 'segmentation'},
 }
 # What a room may import from elsewhere, beside the standard library, where
 # that is not left to it.

@@ -40,6 +40,7 @@ def parse_args():
     parser.add_argument(
         '--device', help='such as cuda:0 or cpu; by default a GPU if any'
     )
+    parser.add_tiles()
     parser.add_config_options()
     return parser.parse_args()
 
@@ -72,6 +73,9 @@ def main():
     checks.require(cfg, 'model', 'test_dataloader', 'visualizer')
     host = host_of(cfg)
     inferencer = resolve_name(host.inferencer)
+    if args.tile is not None:
+        data = list(checks.leaf_datasets(cfg.test_dataloader))
+        host.tile(cfg, data, args.tile, args.overlap)
     checks.check_checkpoint(cfg, args.checkpoint)
     plain_loader(cfg)
     # Nothing but the pictures below is to be stored.

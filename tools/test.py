@@ -52,6 +52,7 @@ def parse_args():
         help='compute Poly-NL layers behind a 1x1 convolution from its input '
         '(the log says which): the same results to rounding, faster',
     )
+    parser.add_tiles()
     return parser.parse_args()
 
 
@@ -72,6 +73,12 @@ def set_show(cfg, args):
     if args.show_dir:
         checks.require(cfg, host.show_dir.split('.')[0])
         cfg.merge_from_dict({host.show_dir: args.show_dir})
+
+
+def set_tiles(cfg, args):
+    """Have the pictures taken tile by tile."""
+    data = list(checks.leaf_datasets(cfg.test_dataloader))
+    host_of(cfg, '--tile').tile(cfg, data, args.tile, args.overlap)
 
 
 def set_tta(cfg):
@@ -106,6 +113,8 @@ def main():
         set_show(cfg, args)
     saver = host_of(cfg, '--out').out(cfg, args.out) if args.out else None
     checks.check_data(cfg, 'test')
+    if args.tile is not None:
+        set_tiles(cfg, args)
     checks.check_checkpoint(cfg, args.checkpoint)
     cfg.load_from = args.checkpoint
     cfg.resume = False

@@ -105,6 +105,26 @@ class Parser(argparse.ArgumentParser):
             'or key=a,b, nested ones as key="[(a,b),(c,d)]", without spaces',
         )
 
+    def add_tiles(self) -> None:
+        """Take how a detector is given large pictures."""
+        self.add_argument(
+            '--tile',
+            type=int,
+            metavar='PIXELS',
+            help='mmdet: detect in square tiles of this side, of the pictures '
+            'at their own size (Resize in the test pipeline is left out; the '
+            "views of a config's tta_pipeline keep theirs); Poly-NL layers "
+            'see the whole picture, unless model.context=None is set',
+        )
+        self.add_argument(
+            '--overlap',
+            type=int,
+            metavar='PIXELS',
+            default=128,
+            help='of neighbouring tiles, best as large as the objects '
+            '(default: 128)',
+        )
+
     def add_job(self) -> None:
         """Take what training and test tools have in common, by mm custom."""
         self.add_argument('config', help='config file')

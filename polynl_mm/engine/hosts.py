@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from inspect import signature
 
 from mmengine.config import Config
-from mmengine.registry import METRICS
+from mmengine.registry import METRICS, MODELS, DefaultScope
 
 from .cli import StartError
 
@@ -41,8 +41,12 @@ class Host:
             start, given the config of a data set, what tells the user a line,
             and the slice of the samples that is this process's to read.
             Raises ValueError at the first that is wrong.
+        tile: Has pictures taken tile by tile, given the config, the configs
+            of its test data sets, and the pixels of ``--tile`` and
+            ``--overlap``. Raises StartError where that can not be.
     """
 
+    tile: Callable[[Config, list[dict], int, int], None]
     out: Callable[[Config, str], dict | None]
     show_dir: str
     inferencer: str
@@ -141,8 +145,51 @@ def _flip(dataset: dict) -> dict:
     )
 
 
+def _tile_detector(
+    cfg: Config, datasets: list[dict], tile: int, overlap: int
+) -> None:
+    """Make the model one of tiles, and keep pictures at their own size."""
+    model = cfg.model
+    if model.type != 'polynl_mm.Tiled':
+        model.detector, model.type = model.type, 'polynl_mm.Tiled'
+    model.tile, model.overlap = tile, overlap
+    try:
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            MODELS.build(deepcopy(model))
+    except ValueError as error:
+        raise StartError(f'--tile {tile} --overlap {overlap}: {error}') from (
+            error
+        )
+    for dataset in datasets:
+        dataset.pipeline = [_at_own_size(each) for each in dataset.pipeline]
+
+
+def _at_own_size(transform: dict) -> dict:
+    """Give what a step of a pipeline becomes where no size is wanted."""
+    kind = str(transform.type)
+    if 'Resize' in kind:
+        # It notes the scale that the heads ask for.
+        return dict(type='polynl_mm.Resize', scale_factor=1.0)
+    if kind.endswith('Pad') and transform.get('size'):
+        rest = {k: v for k, v in transform.items() if k != 'size'}
+        # What the sizes are multiples of.
+        return dict(rest, size_divisor=32)
+    return transform
+
+
+def _refuse_tile(
+    cfg: Config, datasets: list[dict], tile: int, overlap: int
+) -> None:
+    raise StartError(
+        f'--tile is for mmdet: mmseg takes windows by model.test_cfg='
+        f"dict(mode='slide', crop_size=({tile}, {tile}), "
+        f"stride=({tile - overlap}, {tile - overlap}), context='image')"
+    )
+
+
 HOSTS = {
     'mmdet': Host(
+        tile=_tile_detector,
         out=_save_pickle,
         show_dir='default_hooks.visualization.test_out_dir',
         inferencer='mmdet.apis:DetInferencer',
@@ -151,6 +198,7 @@ HOSTS = {
         set_up='mmdet.utils:setup_cache_size_limit_of_dynamo',
     ),
     'mmseg': Host(
+        tile=_refuse_tile,
         out=_save_label_maps,
         show_dir='visualizer.save_dir',
         inferencer='mmseg.apis:MMSegInferencer',

@@ -1,0 +1,1 @@
+"""Detection of any class on mmdet's detectors: large pictures, in tiles."""
