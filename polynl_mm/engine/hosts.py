@@ -157,9 +157,8 @@ def _tile_detector(
         with DefaultScope.overwrite_default_scope('mmdet'):
             MODELS.build(deepcopy(model))
     except ValueError as error:
-        raise StartError(f'--tile {tile} --overlap {overlap}: {error}') from (
-            error
-        )
+        options = f'--tile {tile} --overlap {overlap}'
+        raise StartError(f'{options}: {error}') from error
     for dataset in datasets:
         dataset.pipeline = [_at_own_size(each) for each in dataset.pipeline]
 
@@ -181,9 +180,8 @@ def _refuse_tile(
     cfg: Config, datasets: list[dict], tile: int, overlap: int
 ) -> None:
     raise StartError(
-        f'--tile is for mmdet: mmseg takes windows by model.test_cfg='
-        f"dict(mode='slide', crop_size=({tile}, {tile}), "
-        f"stride=({tile - overlap}, {tile - overlap}), context='image')"
+        '--tile is for mmdet: mmseg takes windows by model.test_cfg=dict('
+        "mode='slide', crop_size=..., stride=..., context='image')"
     )
 
 

@@ -206,6 +206,11 @@ def test_demo_of_no_known_host(refuse, weights):
     assert "default_scope='mmengine'" in line
 
 
+def test_demo_in_tiles_of_the_other_host(refuse, weights):
+    args = ('data/seg/img', 'seg.py', weights(host='seg'), '--out', 'out')
+    assert "mode='slide'" in refuse('demo', *args, '--tile', '32')
+
+
 # The machine
 
 
@@ -874,6 +879,16 @@ def test_fine_tuning_may_lack_keys(here):
             'det',
             ['--out', 'o.pkl', '--cfg-options', 'default_scope=mmengine'],
             "default_scope='mmengine'",
+        ),
+        ('seg', ['--tile', '32'], "mode='slide'"),
+        ('det', ['--tile', '100'], 'overlap must be less than tile=100'),
+        (
+            'det',
+            [
+                *('--tile', '160', '--cfg-options'),
+                'model.backbone.blocks=[]',
+            ],
+            'with context=None',
         ),
     ],
 )

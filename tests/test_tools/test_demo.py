@@ -38,6 +38,15 @@ def test_faces_with_landmarks(tmp_path, monkeypatch, capfd):
     assert '1 pictures in out/vis' in capfd.readouterr().out
     drawn = cv2.imread('out/vis/some.png')
     assert drawn.shape == image.shape and (drawn != image).any()
+    # Tiles find other faces.
+    monkeypatch.setattr(
+        'sys.argv',
+        ['demo.py', *map(str, args), '--tile', '64', '--overlap', '32'],
+    )
+    cli.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
+    in_tiles = cv2.imread('out/vis/some.png')
+    assert in_tiles.shape == image.shape and (in_tiles != drawn).any()
+    monkeypatch.setattr('sys.argv', ['demo.py', *map(str, args)])
     # Without landmarks the picture is another.
     monkeypatch.setattr(FaceVisualizer, 'draw_points', lambda *_, **__: None)
     cli.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])

@@ -99,6 +99,10 @@ def det_tests(det_resume, start, finish):
             *('test.py', 'det.py', checkpoint, '--work-dir', 'det_tta'),
             *('--tta', '--show-dir', 'pictures'),
         ),
+        tiles=start(
+            *('test.py', 'det.py', checkpoint, '--work-dir', 'det_tiles'),
+            *('--tile', '32', '--overlap', '16', '--fuse', '--tta'),
+        ),
         demo=start(
             *('demo.py', 'data/det/img', 'det.py', checkpoint),
             *('--out', 'det_demo', '--score-thr', '0'),
@@ -191,6 +195,18 @@ def test_det_tta_and_pictures(place, det_tests):
     assert ran_model(place / 'det_tta/det.py') == 'DetTTAModel'
     # Boxes of the mirror images were merged in.
     assert scalars(place / 'det_tta') != scalars(place / 'det_theirs')
+
+
+def test_det_tiles(place, det_tests):
+    assert det_tests['tiles'].code == 0, det_tests['tiles'].err
+    ran = Config.fromfile(place / 'det_tiles/det.py')
+    assert ran.model.module.type == 'polynl_mm.Tiled'
+    assert ran.model.module.detector == 'RetinaNet'
+    steps = [step.type for step in ran.tta_pipeline]
+    assert steps[:2] == ['LoadImageFromFile', 'polynl_mm.Resize']
+    found = scalars(place / 'det_tiles')
+    assert set(found) == set(scalars(place / 'det_tta'))
+    assert found != scalars(place / 'det_tta')
 
 
 def test_det_demo(place, det_tests):
