@@ -27,15 +27,12 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import encode_mask_results
 from mmengine import registry as root
 from mmengine.structures import InstanceData
-from pycocotools import mask as run_lengths
+from pycocotools.mask import decode
 from torch import Tensor
 
 from polynl_mm.context import Window, Windows, grid, shared_context
 from polynl_mm.layers import InContext
 from polynl_mm.registry import MODELS
-
-# A box may end so far from where its object is cut, in its own length.
-_SLACK = 0.1
 
 
 @MODELS.register_module()
@@ -45,6 +42,7 @@ def Tiled(
     overlap: int,
     context: str | None = 'image',
     nms: dict | None = None,
+    encode_masks: bool = False,
     budget: float | None = 2048,
     wait_on: str | None = None,
     **host,
@@ -64,8 +62,8 @@ def Tiled(
       (test-time augmentation) help.
     - ``max_per_img`` of the detector's ``test_cfg`` holds for each tile, and
       for the picture.
-    - ``masks`` become those of the picture, bool, n H W bytes, and what was
-      found then is on the CPU. Those of tiles wait as run lengths.
+    - ``masks`` become those of the picture, and what was found then is on the
+      CPU. Those of tiles wait as run lengths.
     - ``keypoints`` (n, ..., 2 or more; x and y first) move with the boxes,
       and any other field of ``pred_instances`` is kept as it is.
 
@@ -79,6 +77,9 @@ def Tiled(
         nms: How tiles are merged, such as ``dict(type='nms',
             iou_threshold=0.5)``; by default as the ``test_cfg`` says.
             ``soft_nms`` lowers scores again.
+        encode_masks: Give masks as a list of run lengths, as CocoMetric takes
+            them too, not as bool (n, H, W): 64 MB each for 8000 by 8000
+            pixels.
         budget: See :class:`polynl_mm.context.Windows`.
         wait_on: See there.
         **host: All keys of the detector.
@@ -130,6 +131,7 @@ def Tiled(
         make_context=context and partial(Windows, budget, wait_on=wait_on),
         nms=nms,
         max_per_img=test_cfg.get('max_per_img', -1),
+        encode_masks=encode_masks,
     )
     # At once, as a wrong budget is an error here.
     if context:
@@ -148,6 +150,7 @@ class Tiling:
     make_context: partial | None
     nms: dict
     max_per_img: int
+    encode_masks: bool
 
     def tiles_of(self, shape: tuple[int, int]) -> list[Window]:
         """Lay the tiles, over a picture of this height and width, padded."""
@@ -190,7 +193,8 @@ class _Tiled:
         """Detect; arguments and result as in the detector's own ``predict``.
 
         Raises:
-            WindowError: It failed in a tile, which is named.
+            WindowError: It failed in a tile, which is named; without a
+                context, what it raised.
             ValueError: The detector gives more than ``pred_instances``.
         """
         for image, sample in zip(batch_inputs, batch_data_samples):
@@ -205,7 +209,13 @@ class _Tiled:
             if 'masks' in found:
                 shape = sample.ori_shape if rescale else sample.img_shape
                 found = found.cpu()
-                found.masks = _paste(found.masks, shape[:2])
+                paste = partial(_paste, shape=shape[:2])
+                # One by one, so that there are never many.
+                found.masks = (
+                    [run for m in found.masks for run in _encode(paste([m]))]
+                    if self.tiling.encode_masks
+                    else paste(found.masks)
+                )
             sample.pred_instances = found
         return batch_data_samples
 
@@ -246,8 +256,7 @@ class _Tiled:
             found.keypoints = points
         if 'masks' in found:
             place = corner.round().int().tolist()
-            masks = encode_mask_results(found.masks.cpu().numpy())
-            found.masks = [(mask, place) for mask in masks]
+            found.masks = [(mask, place) for mask in _encode(found.masks)]
         return found[
             _is_whole(found.bboxes * scale.repeat(2), window, (height, width))
         ]
@@ -266,7 +275,9 @@ def _is_whole(boxes, window, shape):
         low, high = boxes[:, axis], boxes[:, axis + 2]
         begin, end = window.box[axis::2]
         core_begin, core_end = window.core[axis::2]
-        middle, slack = (low + high) / 2, _SLACK * (high - low)
+        middle = (low + high) / 2
+        # So far from the border a box may end whose object is cut there.
+        slack = 0.1 * (high - low) + 1
         if begin > 0:
             whole &= (low - begin > slack) | (middle >= core_begin)
         if end < length:
@@ -274,12 +285,16 @@ def _is_whole(boxes, window, shape):
     return whole
 
 
+def _encode(masks):
+    return encode_mask_results(masks.cpu().numpy())
+
+
 def _paste(masks, shape):
     """Give masks (n, H, W) from run lengths and their places in there."""
     pasted = torch.zeros(len(masks), *shape, dtype=torch.bool)
     for target, (mask, (x, y)) in zip(pasted, masks):
         target = target[y:, x:]
-        mask = torch.from_numpy(run_lengths.decode(mask)).bool()
+        mask = torch.from_numpy(decode(mask)).bool()
         height, width = target.shape
         mask = mask[:height, :width]
         target[: mask.shape[0], : mask.shape[1]] = mask

@@ -14,6 +14,7 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
+from pycocotools.mask import decode
 from torch import nn
 
 from polynl_mm.context import WindowError, Windows
@@ -26,11 +27,7 @@ MASK_RCNN = 'mini/mask-rcnn_r50-polynl_mini-coco.py'
 RETINAFACE = 'mini/retinaface_r50-polynl_mini-wider.py'
 NMS = dict(type='nms', iou_threshold=0.5)
 
-pytestmark = [
-    pytest.mark.usefixtures('quiet_and_quick'),
-    # One value per image: torch warns of any loop over a 0-d tensor.
-    pytest.mark.filterwarnings('ignore:torch.meshgrid'),
-]
+pytestmark = pytest.mark.usefixtures('quiet_and_quick')
 
 
 class Islands(BaseDetector):
@@ -270,9 +267,13 @@ def test_layers_share_wherever_they_are(
         tile=64,
         overlap=32,
     )
+    layers = layers_of(model)
+    if shared == inserted:
+        # As test.py --fuse does.
+        model, report = fuse_poly_nl(deepcopy(model))
+        assert {*IN_BACKBONE} <= {*report.fused}
     (found,) = detect(model, torch.randn(3, 96, 128))
     assert len(found) == 12
-    layers = layers_of(model)
     assert len(layers) == 6 + inserted
     before_rois = [path for path in layers if 'roi_head' not in path]
     assert sorted(gates) == sorted(before_rois)
@@ -294,17 +295,6 @@ def test_model_is_left_as_it_was():
     assert before == {n: set(vars(m)) for n, m in model.named_modules()}
     with pytest.raises(ZeroDivisionError):
         detect(islands(), hot)
-
-
-def test_fused_layers_share():
-    model = islands(context='image')
-    image = torch.randn(3, 64, 96)
-    # The first layer is behind a convolution of 8 by 8.
-    fused, report = fuse_poly_nl(deepcopy(model))
-    assert len(report.fused) == 0
-    want = features(model, image)
-    for a, b in zip(features(fused, image), want):
-        assert torch.equal(a, b)
 
 
 # ------------------------------------------------------------ what was found
@@ -371,12 +361,49 @@ def test_parts_are_dropped_though_they_score_higher():
     assert boxes_of(found) == [(20, 10, 48, 40)]
 
 
-def test_whole_ones_near_the_middle_of_an_overlap_stay():
-    """Both tiles see them whole; neither may leave them to the other."""
-    for x in range(32, 53):
-        image = picture((64, 96), (x, 10, x + 12, 22))
-        (found,) = detect(islands(), image)
-        assert boxes_of(found) == [(x, 10, x + 12, 22)]
+class Rough(Islands):
+    """Sees boxes a pixel too far outwards in its tile, or inwards."""
+
+    def __init__(self, outwards, **kwargs):
+        super().__init__(**kwargs)
+        self.outwards = outwards
+
+    def _find(self, image, sample, rescale):
+        found = super()._find(image, sample, rescale)
+        middles = found.bboxes.unflatten(1, (2, 2)).mean(1)
+        centre = middles.new_tensor(image.shape[::-1]) / 2
+        found.bboxes += self.outwards * (middles - centre).sign().repeat(1, 2)
+        return found
+
+
+@pytest.mark.parametrize('outwards', [1, -1])
+def test_boxes_that_are_not_quite_right(outwards):
+    """Outwards: each of two tiles sees the middle on the other one's side.
+
+    Inwards: what is cut seems to end before the border that cuts it.
+    """
+    model = Tiled(
+        Rough, 64, 32, context=None, nms=NMS, outwards=outwards
+    ).eval()
+    for x in range(0, 77, 2):
+        (found,) = detect(model, picture((64, 96), (x, 10, x + 20, 40)))
+        assert len(found) == 1
+        assert (
+            found.bboxes - torch.tensor([x, 10, x + 20, 40])
+        ).abs().max() < 2
+
+
+def test_masks_as_run_lengths():
+    image = picture((64, 96), (30, 4, 40, 12), (70, 30, 90, 50))
+    (want,), (found,) = (
+        detect(islands(encode_masks=each), image, scale=2.0)
+        for each in (False, True)
+    )
+    for mask, runs in zip(want.masks, found.masks):
+        assert np.array_equal(decode(runs), mask.numpy())
+    assert len(found.masks) == 2
+    empty = detect(islands(encode_masks=True), 0 * image)[0]
+    assert empty.masks == []
 
 
 def test_larger_than_the_overlap_comes_in_parts():
