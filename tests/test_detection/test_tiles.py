@@ -433,6 +433,11 @@ def test_overlapping_of_several_classes_and_the_most_of_a_picture():
     assert merged.labels.tolist() == [0, 0, 1]
     few = islands(test_cfg=dict(max_per_img=2, nms=NMS), nms=None).tiling
     assert few.merge(parts).scores.tolist() == pytest.approx([0.9, 0.8])
+    # One that lowers scores instead.
+    soft = islands(nms=dict(type='soft_nms', iou_threshold=0.3)).tiling
+    found = soft.merge(parts)
+    want = [0.9, 0.8, 0.6, 0.07, 0.01]
+    assert found.scores.tolist() == pytest.approx(want, abs=0.006)
 
 
 def test_nothing():
