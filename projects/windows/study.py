@@ -74,7 +74,8 @@ def evaluate(runner: Runner, checkpoint: str, cases: dict) -> dict:
         for batch in loader:
             with torch.no_grad():
                 evaluator.process(model.test_step(batch), batch)
-        found[case] = evaluator.evaluate(len(loader.dataset))['mIoU']
+        metrics = evaluator.evaluate(len(loader.dataset))
+        found[case] = float(metrics['mIoU'])
         print(checkpoint, *case, found[case], file=sys.stderr, flush=True)
     return found
 
