@@ -153,7 +153,7 @@ def grid(
 
 def _axis(length, size, stride):
     """Begin and end of each window along an axis, and of its core."""
-    if not 0 < stride <= size or length < 1:
+    if min(length, size, stride) < 1 or stride > size < length:
         raise ValueError(
             f'an axis of {length} pixels can not be covered by windows of '
             f'{size} at steps of {stride}'

@@ -119,8 +119,15 @@ def _slide_inference(
         logits[part] += result
         count[part] += 1
 
+    try:
+        parts = grid(size, cfg.crop_size, cfg.stride)
+    except ValueError as error:
+        raise ValueError(
+            f'model.test_cfg.crop_size={tuple(cfg.crop_size)}, stride='
+            f'{tuple(cfg.stride)}: {error}'
+        ) from error
     with shared_context(self, windows, exclude=_EXCLUDED):
-        windows(step, grid(size, cfg.crop_size, cfg.stride))
+        windows(step, parts)
     if _heeded.get() is not None:
         _heeded.get().append(self)
     return logits / count

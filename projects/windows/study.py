@@ -76,7 +76,13 @@ def evaluate(runner: Runner, checkpoint: str, cases: dict) -> dict:
                 evaluator.process(model.test_step(batch), batch)
         metrics = evaluator.evaluate(len(loader.dataset))
         found[case] = float(metrics['mIoU'])
-        print(checkpoint, *case, found[case], file=sys.stderr, flush=True)
+        print(
+            checkpoint,
+            *case,
+            f'{found[case]:.2f}',
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 

@@ -253,6 +253,7 @@ def test_without_the_key_it_is_the_host(monkeypatch):
         (SIZE, (37, 20), (37, 1)),
         (SIZE, (64, 20), (64, 20)),
         (SIZE, (64, 64), (1, 1)),
+        (SIZE, (64, 64), (99, 99)),
         ((48, 60), (16, 20), (16, 20)),
         ((17, 21), (16, 20), (9, 9)),
     ],
@@ -518,7 +519,10 @@ def test_models_that_can_not():
 
 
 def test_gaps_between_windows():
-    with pytest.raises(ValueError, match='windows of 16 at steps of 17'):
+    with pytest.raises(
+        ValueError,
+        match=r'crop_size=\(16, 20\), stride=.*windows of 16 at steps of 17',
+    ):
         predict(
             build(),
             mode='slide',
