@@ -114,7 +114,7 @@ def draw(runner: Runner, checkpoint: str, out: str, index: int) -> None:
     sample = data['data_samples']
     image = data['inputs'].permute(1, 2, 0).numpy()
     maps = [sample.gt_sem_seg.data[0].numpy()]
-    slide = dict(mode='slide', crop_size=(64, 64), stride=(64, 64))
+    slide = dict(mode='slide', crop_size=(128, 128), stride=(128, 128))
     for test_cfg in (
         dict(mode='whole'),
         slide,
