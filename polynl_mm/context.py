@@ -27,10 +27,12 @@ Only torch is needed.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -225,7 +227,9 @@ def shared_context(
     All Poly-NL layers take part, fused or not, whatever wraps the model, and
     all of mmcv's ``ContextBlock``. Only calls of the thread that entered do:
     others may use the model at the same time, also in a context of theirs.
-    Contexts may be nested: the gate goes through the innermost first.
+    Contexts may be nested: the gate goes through the innermost first, and
+    parts of parts must not overlap but in the innermost. Where activations
+    are checkpointed, backward belongs within.
 
     Args:
         model: Left as it was.
@@ -240,7 +244,8 @@ def shared_context(
         ValueError: If no layer takes part, and for a layer whose branch is
             normalised (``norm_cfg``) by statistics of the features at hand:
             exact is an evaluated BatchNorm only.
-        RuntimeError: If ``over`` is in use already.
+        RuntimeError: If ``over`` is in use already, and if none of the layers
+            was called: what ran was a copy, or in another thread.
     """
     layers = _layers_of(model, exclude)
     if over.layers is not None:
@@ -254,12 +259,26 @@ def shared_context(
         over.enter()
         for layer in layers:
             stack.enter_context(_join(layer, over))
-        token = _entered.set((*_entered.get(), over))
-        stack.callback(_entered.reset, token)
+        _entered.set((*_others_than(over), over))
+        stack.callback(lambda: _entered.set(_others_than(over)))
         yield over
+        over.leave()
+
+
+def _others_than(context):
+    """What this thread has entered and not left, but for one.
+
+    Not by a token: generators may be left in another order.
+    """
+    return tuple(
+        each
+        for each in _entered.get()
+        if each is not context and each.layers is not None
+    )
 
 
 def _layers_of(model, exclude):
+    exclude = [exclude] if isinstance(exclude, str) else exclude
     context_block = getattr(
         sys.modules.get('mmcv.cnn'), 'ContextBlock', InContext
     )
@@ -299,7 +318,7 @@ def _join(layer: nn.Module, context):
             if vars(layer).get(name) is not None:
                 path = context.layers[layer]
                 raise RuntimeError(f'{path!r} has a {name} of its own')
-            around = _joined[layer] = _Around()
+            around = _joined[layer] = _Around(layer)
             pools = name == 'spatial_pool'
             call = partial(_attend, around, layer) if pools else around
             setattr(layer, name, call)
@@ -317,43 +336,45 @@ def _join(layer: nn.Module, context):
 class _Around:
     """What :attr:`InContext.around` is while a layer takes part."""
 
-    def __init__(self) -> None:
-        self.contexts = []
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = weakref.ref(layer)
+        self.contexts = []  # of all threads
 
     def __call__(self, layer: nn.Module, x: Tensor):
         contexts = self._of_this_thread(layer)
         if not contexts:
             return None, None
-        weights = [context.weights(x) for context in contexts]
-        weights = [each for each in weights if each is not None]
-        if len(weights) > 1:
-            raise RuntimeError(
-                f'{contexts[-1].layers[layer]!r} is in two contexts whose '
-                'parts overlap; only those of one may'
-            )
-
-        def pool(value, count=None):
-            for context in reversed(contexts):
-                value, count = context.pool(layer, value, count)
-            return value
-
-        return pool, weights[0] if weights else None
+        *outer, innermost = [c for c in contexts if c.is_of_parts] or [None]
+        for context in outer:
+            if context.weights(x) is not None:
+                raise RuntimeError(
+                    f'{context.layers[layer]!r} is in a '
+                    f'{type(innermost).__name__} within a '
+                    f'{type(context).__name__} whose parts overlap: only '
+                    'those of the innermost may'
+                )
+        weights = innermost and innermost.weights(x)
+        return partial(_through, contexts, layer), weights
 
     def __deepcopy__(self, memo):
         # The copy of a layer is in no context, and is to say so.
         return self
 
     def _of_this_thread(self, layer):
-        if not any(layer in context.layers for context in self.contexts):
+        if self.contexts and layer is not self.layer():
             raise RuntimeError(
                 'a Poly-NL layer was copied or fused within shared_context: '
                 'do that before'
             )
-        mine = [each for each in _entered.get() if layer in each.layers]
+        mine = [c for c in _entered.get() if layer in (c.layers or ())]
         # Checkpointed activations are computed again, on a GPU by a thread
-        # of autograd.
-        if not mine and torch._C._current_graph_task_id() != -1:
-            mine = self.contexts
+        # of autograd's, which is none of Python's.
+        if (
+            not mine
+            and torch._C._current_graph_task_id() != -1
+            and isinstance(threading.current_thread(), threading._DummyThread)
+        ):
+            mine = list(self.contexts)
             if len(mine) > 1:
                 raise RuntimeError(
                     f'{mine[0].layers[layer]!r} is computed again in '
@@ -361,6 +382,17 @@ class _Around:
                     'not be told'
                 )
         return mine
+
+
+def _through(contexts, layer, value, count=None):
+    """Pool by the innermost context, which is the last, and on outwards."""
+    if not contexts:
+        return value
+    *outer, context = contexts
+    context.was_called = True
+    return context.pool(
+        layer, value, count, then=partial(_through, outer, layer)
+    )
 
 
 def _attend(around: _Around, block: nn.Module, x: Tensor) -> Tensor:
@@ -384,20 +416,40 @@ class _Context:
     """Base of the contexts.
 
     Attributes:
+        is_of_parts: Whether its calls are given parts of an image.
         layers: Module -> path of what takes part, None while none does.
+        was_called: Whether any of them was called.
     """
 
+    is_of_parts = False
     layers: dict[nn.Module, str] | None = None
+    was_called = False
 
     def enter(self) -> None:
         """Do what is to be done once; ``layers`` are known."""
+        self.was_called = False
+
+    def leave(self) -> None:
+        """Raise RuntimeError if no layer was called, but should have been."""
+
+    def _check_called(self) -> None:
+        if not self.was_called:
+            raise RuntimeError(
+                f'{type(self).__name__}: no layer of the model given to '
+                'shared_context was called; was it a copy of the model, or '
+                'another thread?'
+            )
 
     def weights(self, x: Tensor) -> Tensor | None:
         """Weights of the positions of ``x``, None where all count alike."""
 
     def pool(
-        self, layer: nn.Module, value: Tensor, count: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        layer: nn.Module,
+        value: Tensor,
+        count: Tensor | None,
+        then: Callable[..., Tensor],
+    ) -> Tensor:
         """Give the mean to go on with.
 
         Args:
@@ -405,9 +457,7 @@ class _Context:
             value (Tensor): (B, C), that of this call.
             count (Tensor, optional): (B, 1) of float64, what it counts; None
                 where that is its area.
-
-        Returns:
-            tuple: The mean, and what it counts.
+            then: Takes the mean and its count through the contexts around.
         """
         raise NotImplementedError
 
@@ -431,7 +481,10 @@ class Windows(_Context):
 
     The step must call the same layers in the same order for every window. A
     model that keeps what it is computing in its attributes, not in local
-    variables, can not be held.
+    variables, can not be held; one that draws random numbers (dropout in
+    training) can not be computed again. Gradients, inference mode and autocast
+    are in a thread what they are around it; other modes of torch, such as a
+    default device or a counter of operations, do not reach it.
 
     Args:
         budget (float, optional): MiB of features that are held; 0 holds none,
@@ -445,6 +498,8 @@ class Windows(_Context):
     Raises:
         ValueError: On a budget below 0.
     """
+
+    is_of_parts = True
 
     def __init__(
         self,
@@ -474,27 +529,32 @@ class Windows(_Context):
             list: What ``step`` returned for each.
 
         Raises:
+            ValueError: The cores of the windows do not tile an image.
             WindowError: The step raised for a window, which is named.
-            RuntimeError: Windows call different layers, a layer is called
-                with another number of images, or the budget is too small for
-                gradients.
+            RuntimeError: Windows call different layers, or none, a layer is
+                called with another number of images, or the budget is too
+                small for gradients.
         """
         if self.layers is None or self._means is not None:
             raise RuntimeError(
                 'Windows are called within shared_context, one image at a time'
             )
+        windows = list(windows)
+        _check_cores(windows)
         flights = [_Flight(self, step, window) for window in windows]
-        for flight in flights[:1] if self.wait_on is None else flights:
-            flight.made = _Made()
-        self._means = []
+        # What the first window holds tells what the others will.
+        for flight in flights[:1]:
+            flight.is_measured = self.budget is not None
+        self._means, self.away, self.was_called = [], {}, False
         try:
             while not all(flight.ended for flight in flights):
                 self._advance(flights)
+            if flights:
+                self._check_called()
             return [flight.result for flight in flights]
         finally:
+            _abandon(flights)
             self._means = None
-            for flight in flights:
-                flight.abandon()
 
     def _advance(self, flights):
         """Bring all to the next layer, or to their end."""
@@ -506,7 +566,7 @@ class Windows(_Context):
                 rate = rate or held / flight.pixels
                 room -= rate * flight.pixels
                 if room < 0:
-                    flight.abandon()
+                    _abandon([flight])
         stops = [flight.stop for flight in flights]
         if stops != [None] * len(stops):
             for stop, flight in zip(stops, flights):
@@ -518,13 +578,14 @@ class Windows(_Context):
                         'window calls alike are to be excluded'
                     )
             areas = [flight.window.area for flight in flights]
-            self._means.append(_mean(stops, areas))
+            # Once for all windows, as contexts around count their calls.
+            self._means.append(stops[0].then(*_mean(stops, areas)))
 
     def weights(self, x: Tensor) -> Tensor | None:
         """Give those of the window that is being computed."""
         return self._current().window.weights(x)
 
-    def pool(self, layer, value, count):
+    def pool(self, layer, value, count, then):
         """Give the mean over all windows, once all have come so far."""
         path = self.layers[layer]
         if value.shape[0] != self.images:
@@ -533,7 +594,8 @@ class Windows(_Context):
                 f'where a window is of {self.images}: such a layer is to be '
                 'excluded'
             )
-        return self._current().reach(_Stop(path, value, count), self._means)
+        stop = _Stop(path, value, count, then)
+        return self._current().reach(stop, self._means)
 
     def _current(self):
         for flight in reversed(_flying.get()):
@@ -545,12 +607,26 @@ class Windows(_Context):
         )
 
 
+def _check_cores(windows):
+    if windows:
+        ends = list(zip(*(window.core for window in windows)))
+        width, height = (max(ends[k + 2]) - min(ends[k]) for k in (0, 1))
+        area = sum(window.area for window in windows)
+        if not math.isclose(area, width * height, rel_tol=1e-9):
+            raise ValueError(
+                f'the cores of the windows have {area:g} pixels, while the '
+                f'image that they span has {width * height:g}: every position '
+                'must count once'
+            )
+
+
 class _Stop(NamedTuple):
     """Where a window is at, and its own mean."""
 
     path: str
     value: Tensor
     count: Tensor | None
+    then: Callable[..., Tensor]
 
     @property
     def where(self):
@@ -564,7 +640,7 @@ def _text(stop):
 
 
 def _mean(stops, areas):
-    """Mean of what has come, and what it counts, as a pool returns them."""
+    """Mean of what has come, and what it counts."""
     counts = areas
     if stops[0].count is not None:
         counts = [stop.count for stop in stops]
@@ -594,16 +670,16 @@ class _Flight:
         stop: The layer that it has come to, None before the first and after
             the last.
         ended: Whether ``result`` is there.
-        made: Knows what the window holds, if that is of interest.
+        is_measured: Whether it is of interest what it holds.
     """
 
-    made: _Made | None = None
+    is_measured = False
 
     def __init__(self, windows: Windows, step: Callable, window: Window):
         self.windows, self.step, self.window = windows, step, window
         x1, y1, x2, y2 = window.box
         self.pixels = (x2 - x1) * (y2 - y1)
-        self.stop = self.result = None
+        self.stop = self.result = self.made = None
         self.ended = False
         self._thread = None
 
@@ -624,11 +700,15 @@ class _Flight:
             self._run_and_abandon()
             return 0
         self._back.acquire()
-        if self.stop is None or self._error is not None:
+        # Not kept here, or the features in its traceback would be.
+        error, self._error = self._error, None
+        if self.stop is None or error is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            raise self._named(self._error) from self._error
+        if isinstance(error, Exception):
+            raise self._named(error) from error
+        if error is not None:
+            raise error
         return self.made.bytes() if self.is_held and self.made else 0
 
     def reach(self, stop, means):
@@ -649,7 +729,7 @@ class _Flight:
     def _hold(self, stop):
         device = self.windows.wait_on
         if device is not None:
-            self.made.move_to(device, but=stop)
+            self.made.move_to(device, but=(stop.value, stop.count))
         self._back.release()
         self._go.acquire()
         if self._is_abandoned:
@@ -657,22 +737,36 @@ class _Flight:
         if device is not None:
             self.made.move_back()
 
-    def abandon(self) -> None:
-        """Free what is held."""
+    def let_go(self) -> None:
+        """End it where it is held, or comes to be held; see ``abandon``."""
         if self.is_held:
             self._is_abandoned = True
             self._go.release()
+
+    def abandon(self) -> None:
+        """Wait for the end of one that was let go."""
+        if self.is_held:
             self._thread.join()
             self._thread = None
+            # Some of it may be others', such as what a module has cached.
+            self.made and self.made.move_back()
 
     def _run(self):
         self._calls = 0
         token = _flying.set((*_flying.get(), self))
+        if self.is_measured or self.windows.wait_on is not None:
+            self.made = _Made(self.windows.away)
         try:
-            self.result = self.step(self.window)
-            self.ended = True
+            with self.made or nullcontext():
+                self.result = self.step(self.window)
         finally:
             _flying.reset(token)
+        if self.stop is not None:
+            raise RuntimeError(
+                'the step went on after what ends a window at a layer: it '
+                'must not catch exceptions that are no Exception'
+            )
+        self.ended = True
 
     def _run_and_abandon(self):
         try:
@@ -690,9 +784,11 @@ class _Flight:
     def _start(self):
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._is_abandoned, self._error = False, None
+        # Casts that autocast keeps for all threads are not a window's own.
+        cached = self.windows.wait_on is None
         self._thread = threading.Thread(
             target=copy_context().run,
-            args=(self._in_thread, _modes_of_torch()),
+            args=(self._in_thread, _modes_of_torch(cached)),
             daemon=True,
         )
         self._thread.start()
@@ -702,8 +798,6 @@ class _Flight:
             with ExitStack() as stack:
                 for mode in modes:
                     stack.enter_context(mode())
-                if self.made is not None:
-                    stack.enter_context(self.made)
                 self._run()
         except _Enough:
             pass
@@ -713,83 +807,115 @@ class _Flight:
             self._back.release()
 
 
-def _modes_of_torch():
+def _abandon(flights):
+    """Free what is held: all are let go before any is waited for."""
+    for flight in flights:
+        flight.let_go()
+    for flight in flights:
+        flight.abandon()
+
+
+def _modes_of_torch(cached: bool):
     """What makes the modes of this thread, for another."""
     modes = [
         partial(torch.inference_mode, torch.is_inference_mode_enabled()),
         partial(torch.set_grad_enabled, torch.is_grad_enabled()),
     ]
     devices = ['cpu']
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         devices.append('cuda')
         modes.append(partial(torch.cuda.stream, torch.cuda.current_stream()))
     for device in filter(is_autocast_on, devices):
         options = dict(
             dtype=autocast_dtype(torch.empty(0, device=device)),
-            cache_enabled=torch.is_autocast_cache_enabled(),
+            cache_enabled=cached and torch.is_autocast_cache_enabled(),
         )
         modes.append(partial(torch.autocast, device, **options))
     return modes
 
 
 class _Made(TorchDispatchMode):
-    """Knows the storages that were made within, as long as they live."""
+    """Knows the storages that were made within, as long as they live.
 
-    def __init__(self) -> None:
+    Args:
+        away: What all windows of an image have moved: key -> whose it is, the
+            storage and its copy.
+    """
+
+    def __init__(self, away: dict) -> None:
         super().__init__()
-        self._own, self._others, self._away = {}, {}, []
+        self._away = away
+        self._own, self._others = {}, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self._note(self._others, (args, kwargs))
+        for key in self._note(self._others, (args, kwargs)):
+            if key in self._away:
+                self._share(key)
         results = func(*args, **kwargs)
         self._note(self._own, results)
         return results
 
     def _note(self, kind, tensors):
+        """Keep what is seen for the first time; gives all keys."""
+        keys = []
         for each in tree_leaves(tensors):
             if isinstance(each, Tensor):
                 # While there is a reference, no other gets the same key.
-                ref = StorageWeakRef(each.untyped_storage())
-                if ref.cdata not in self._own:
-                    if ref.cdata not in self._others:
-                        kind[ref.cdata] = ref
+                weak = StorageWeakRef(each.untyped_storage())
+                if not any(
+                    weak.cdata in known for known in (self._own, self._others)
+                ):
+                    kind[weak.cdata] = weak
+                keys.append(weak.cdata)
+        return keys
+
+    def _share(self, key):
+        """Bring back what another window made, and did not keep to itself."""
+        owner = self._away[key][0]
+        owner.move_back(key)
+        owner._others[key] = owner._own.pop(key)
 
     def _storages(self):
-        """Those of the window's own that are alive."""
+        """Those of the window's own that are alive, by their keys."""
         for storages in (self._own, self._others):
             for key in [k for k, ref in storages.items() if ref.expired()]:
                 del storages[key]
-        return map(torch.UntypedStorage._new_with_weak_ptr, list(self._own))
+        found = {key: _storage(ref) for key, ref in self._own.items()}
+        return {key: each for key, each in found.items() if each is not None}
 
     def bytes(self) -> int:
         """Sum of their sizes, wherever they are."""
-        away = sum(copy.nbytes() for _, copy in self._away)
-        return away + sum(each.nbytes() for each in self._storages())
+        return sum(
+            (self._away[key][2] if key in self._away else each).nbytes()
+            for key, each in self._storages().items()
+        )
 
     def move_to(self, device: str, but: Iterable) -> None:
         """Copy all to a device, and free them, but those of some tensors."""
-        stay = {
-            each.untyped_storage()._cdata
-            for each in but
-            if isinstance(each, Tensor)
-        }
-        for storage in self._storages():
-            if storage._cdata in stay:
+        stay = self._note({}, but)
+        for key, storage in self._storages().items():
+            if key in stay:
                 continue
             copy = torch.UntypedStorage(storage.nbytes(), device=device)
-            ref = StorageWeakRef(copy)
-            self._others[ref.cdata] = ref
+            self._others[copy._cdata] = StorageWeakRef(copy)
             copy.copy_(storage)
             storage.resize_(0)
-            self._away.append((storage, copy))
+            self._away[key] = (self, self._own[key], copy)
 
-    def move_back(self) -> None:
-        """Undo it."""
-        for storage, copy in self._away:
-            storage.resize_(copy.nbytes())
-            storage.copy_(copy)
-        self._away.clear()
+    def move_back(self, *keys: int) -> None:
+        """Undo it, for some or for all that are still in use."""
+        mine = [k for k, (owner, *_) in self._away.items() if owner is self]
+        for key in keys or mine:
+            _, ref, copy = self._away.pop(key)
+            storage = None if ref.expired() else _storage(ref)
+            if storage is not None:
+                storage.resize_(copy.nbytes())
+                storage.copy_(copy)
+
+
+def _storage(weak: StorageWeakRef) -> torch.UntypedStorage | None:
+    return torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
 
 
 # ------------------------------------------ processes, frames, crops of images
@@ -815,6 +941,8 @@ class Processes(_Context):
             loss of this process counts in that of the image.
     """
 
+    is_of_parts = True
+
     def __init__(
         self, part: Window, group: dist.ProcessGroup | None = None
     ) -> None:
@@ -823,6 +951,7 @@ class Processes(_Context):
 
     def enter(self) -> None:
         """Find the area of the whole image."""
+        super().enter()
         layer = next(iter(self.layers))
         device = next(chain(layer.parameters(), layer.buffers())).device
         area = torch.tensor(
@@ -831,18 +960,22 @@ class Processes(_Context):
         dist.all_reduce(area, group=self.group)
         self.share = self.part.area / area.item()
 
+    def leave(self) -> None:
+        """Check."""
+        self._check_called()
+
     def weights(self, x: Tensor) -> Tensor | None:
         """Give those of the part."""
         return self.part.weights(x)
 
-    def pool(self, layer, value, count):
+    def pool(self, layer, value, count, then):
         """Give the mean over all processes."""
         if count is None:
-            return _Summed.apply(value * self.share, self.group), None
+            return then(_Summed.apply(value * self.share, self.group))
         sums = torch.cat([value.double() * count, count], 1)
         sums = _Summed.apply(sums, self.group)
         value = (sums[:, :-1] / sums[:, -1:]).to(value.dtype)
-        return value, sums[:, -1:]
+        return then(value, sums[:, -1:])
 
 
 class _Summed(torch.autograd.Function):
@@ -904,9 +1037,10 @@ class Frames(_Context):
             raise RuntimeError(
                 'Frames are called within shared_context, one at a time'
             )
-        self._now = []
+        self._now, self.was_called = [], False
         try:
             result = step(*args, **kwargs)
+            self._check_called()
             if self._time and len(self._now) < len(self._before):
                 path = self._before[len(self._now)][0]
                 raise RuntimeError(f'this frame did not go through {path!r}')
@@ -916,7 +1050,7 @@ class Frames(_Context):
         finally:
             self._now = None
 
-    def pool(self, layer, value, count):
+    def pool(self, layer, value, count, then):
         """Give the running mean."""
         if self._now is None:
             raise RuntimeError(
@@ -941,7 +1075,8 @@ class Frames(_Context):
             sums = past[0][1].lerp(sums, rate)
             total = past[0][2].lerp(total, rate)
         self._now.append((path, sums.detach(), total.detach()))
-        return (sums / total).to(value.dtype), None if count is None else total
+        value = (sums / total).to(value.dtype)
+        return then(value, None if count is None else total)
 
 
 class Crops(_Context):
@@ -958,7 +1093,12 @@ class Crops(_Context):
         """Take the argument; see the class."""
         self.images = images
 
-    def pool(self, layer, value, count):
+    def leave(self) -> None:
+        """Check."""
+        if self.images:
+            self._check_called()
+
+    def pool(self, layer, value, count, then):
         """Give every crop the mean over all crops of its image."""
         if len(value) != len(self.images):
             raise RuntimeError(
@@ -972,9 +1112,14 @@ class Crops(_Context):
         index = torch.tensor(
             [numbers[image] for image in self.images], device=value.device
         )
-        one = value.new_ones(len(value), 1, dtype=torch.float64)
-        count = one if count is None else count
+        counts = count
+        if count is None:
+            counts = value.new_ones(len(value), 1, dtype=torch.float64)
         shape = (len(numbers), value.shape[1])
-        sums = one.new_zeros(shape).index_add(0, index, value.double() * count)
-        totals = one.new_zeros(len(numbers), 1).index_add(0, index, count)
-        return (sums / totals)[index].to(value.dtype), totals[index]
+        sums = counts.new_zeros(shape)
+        sums = sums.index_add(0, index, value.double() * counts)
+        totals = counts.new_zeros(len(numbers), 1).index_add(0, index, counts)
+        return then(
+            (sums / totals)[index].to(value.dtype),
+            None if count is None else totals[index],
+        )

@@ -70,9 +70,10 @@ class InContext:
 
     def _around(self, x: Tensor) -> dict:
         """Arguments of the operation."""
-        if self.around is None:
+        around = self.around  # another thread may be about to take it away
+        if around is None:
             return {}
-        pool, weights = self.around(self, x)
+        pool, weights = around(self, x)
         return dict(pool=pool, weights=weights)
 
 
