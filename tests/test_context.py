@@ -912,8 +912,10 @@ def test_frames_that_fail_do_not_count():
 
 
 def backward(loss, ended):
-    loss.backward()
-    ended.set()
+    try:
+        loss.backward()
+    finally:
+        ended.set()
 
 
 @pytest.mark.parametrize('how', ['plain', 'checkpointed', 'on a GPU'])

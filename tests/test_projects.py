@@ -16,6 +16,8 @@ pytest.importorskip('matplotlib')
 
 from benchmarks.timing import flops  # noqa: E402
 
+from polynl_mm import PolyNL2d  # noqa: E402
+
 SCALING = Path(__file__).parents[1] / 'projects' / 'scaling' / 'scaling.py'
 
 
@@ -190,3 +192,71 @@ def test_bars_by_placement(scaling, tmp_path):
     ):
         assert picture.count(text), text
     assert '0.88' not in picture and '0.87' not in picture
+
+
+# -------------------------------------------------------------------- windows
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    pytest.importorskip('mmseg')
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    folder = SCALING.parents[1] / 'windows'
+    names = ('study', 'cost')
+    return SimpleNamespace(
+        **{name: runpy.run_path(str(folder / f'{name}.py')) for name in names}
+    )
+
+
+def test_windows_have_parts_of_the_same_features(windows):
+    features = windows.cost['features']
+    whole = features((0, 0, 64, 48), 16)
+    assert whole.shape == (1, 16, 6, 8) and whole.std() > 0.1
+    part = features((24, 16, 64, 48), 16)
+    torch.testing.assert_close(part, whole[..., 2:, 3:])
+
+
+class Head(torch.nn.Module):
+    in_channels, num_classes = 4, 8
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 8, 1)
+        self.poly_nl = PolyNL2d(8, beta_init=1.0)
+        self.runs = 0
+
+    def forward(self, inputs):
+        self.runs += 1
+        return self.poly_nl(self.conv(inputs[3]))
+
+
+def test_costs_are_of_the_ways_that_they_name(windows):
+    torch.manual_seed(0)
+    head, found, runs = Head(), {}, {}
+    with torch.no_grad():
+        for way in windows.cost['WAYS']:
+            head.runs = 0
+            args = (head, (64, 128), 32, 8, way)
+            found[way] = windows.cost['compute'](*args)
+            runs[way] = head.runs
+    own, whole = found.pop('windows, own context'), found.pop('whole')
+    for way, y in found.items():
+        torch.testing.assert_close(y, whole, msg=way)
+    assert (own - whole).abs().max() > 1e-3
+    assert runs['whole'] == 1
+    assert runs['windows, none held'] == 2 * runs['windows, held'] == 30
+
+
+def test_the_table_of_windows(windows):
+    study = windows.study
+    cases = study['settings'](one_context=True)
+    assert len(cases) == 1 + 2 * len(study['WINDOWS'])
+    found = [
+        {case: base + 10 * ('context' in cfg) for case, cfg in cases.items()}
+        for base in (50, 54)
+    ]
+    table = study['told'](found).splitlines()
+    assert table[2] == '| whole image | 52.0 ± 2.0 |  |'
+    assert table[3] == '| 192×128, stride 64 | 52.0 ± 2.0 | 62.0 ± 2.0 |'
+    alone = [dict.fromkeys(study['settings'](one_context=False), 1.0)]
+    assert 'has none' in study['told'](alone)
