@@ -41,6 +41,8 @@ class Host:
             start, given the config of a data set, what tells the user a line,
             and the slice of the samples that is this process's to read.
             Raises ValueError at the first that is wrong.
+        check_test_cfg: 'module:name' of what looks at ``model.test_cfg``.
+            Raises ValueError if anything of ours in it is wrong.
         tile: Has pictures taken tile by tile, given the config, the configs
             of its test data sets, and the pixels of ``--tile`` and
             ``--overlap``. Raises StartError where that can not be.
@@ -54,6 +56,7 @@ class Host:
     tta_defaults: Callable[[dict], dict] = lambda dataset: {}
     set_up: str | None = None
     check_dataset: str | None = None
+    check_test_cfg: str | None = None
 
 
 def host_of(cfg: Config, option: str | None = None) -> Host:
@@ -201,5 +204,6 @@ HOSTS = {
         show_dir='visualizer.save_dir',
         inferencer='mmseg.apis:MMSegInferencer',
         check_dataset='polynl_mm.segmentation.labels:check_seg_data',
+        check_test_cfg='polynl_mm.segmentation.windows:check_test_cfg',
     ),
 }

@@ -29,7 +29,8 @@ def read_config(path: str, options: dict | None = None) -> Config:
 
     Raises:
         StartError: The file or a base of it is missing or no Python, an
-            option names no place in it, or its host is not installed.
+            option names no place in it, its host is not installed, or what
+            we read of ``model.test_cfg`` is wrong.
     """
     if not os.path.isfile(path):
         raise StartError(f'config {path} does not exist')
@@ -52,6 +53,12 @@ def read_config(path: str, options: dict | None = None) -> Config:
         )
     if host in HOSTS and HOSTS[host].set_up:
         resolve_name(HOSTS[host].set_up)()
+    if host in HOSTS and HOSTS[host].check_test_cfg:
+        test_cfg = (cfg.get('model') or {}).get('test_cfg')
+        try:
+            resolve_name(HOSTS[host].check_test_cfg)(test_cfg)
+        except ValueError as error:
+            raise StartError(f'config {path}: {error}') from error
     return cfg
 
 

@@ -145,6 +145,23 @@ def _windows(context: str | dict, images: int) -> Windows:
         ) from error
 
 
+def check_test_cfg(test_cfg: dict | None) -> None:
+    """Check the ``context`` of a segmentor's ``test_cfg``, if it has one.
+
+    Raises:
+        ValueError: It is none, or there are no windows.
+    """
+    context = (test_cfg or {}).get('context')
+    if context is None:
+        return
+    _windows(context, images=1)
+    if test_cfg.get('mode') != 'slide':
+        raise ValueError(
+            f'model.test_cfg.context={context!r} is for '
+            f"model.test_cfg.mode='slide', got {test_cfg.get('mode')!r}"
+        )
+
+
 @_around(BaseSegmentor, 'forward')
 def _forward(
     host: Callable,
@@ -162,12 +179,7 @@ def _forward(
     cfg = getattr(self, 'test_cfg', None) or {}
     if mode != 'predict' or cfg.get('context') is None:
         return host(self, inputs, data_samples, mode)
-    key = f'model.test_cfg.context={cfg["context"]!r}'
-    if cfg.get('mode') != 'slide':
-        raise ValueError(
-            f"{key} is for model.test_cfg.mode='slide', got "
-            f'{cfg.get("mode")!r}'
-        )
+    check_test_cfg(cfg)
     heeded = []
     token = _heeded.set(heeded)
     try:
@@ -177,7 +189,8 @@ def _forward(
     # mmseg 1.2.2 has a DepthEstimator do both, and takes the whole image's.
     if self not in heeded or isinstance(self, DepthEstimator):
         raise TypeError(
-            f"{key}: {type(self).__name__} does not take what mmseg's "
+            f'model.test_cfg.context={cfg["context"]!r}: '
+            f"{type(self).__name__} does not take what mmseg's "
             'slide_inference makes of the windows'
         )
     return result

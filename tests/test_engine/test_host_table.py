@@ -50,7 +50,8 @@ def test_what_is_named_is_there(name):
     pytest.importorskip(name)
     host = HOSTS[name]
     assert host_of(ConfigDict(default_scope=name)) is host
-    for key in ('inferencer', 'set_up', 'check_dataset'):
+    checks = ('check_dataset', 'check_test_cfg')
+    for key in ('inferencer', 'set_up', *checks):
         if getattr(host, key):
             assert callable(resolve_name(getattr(host, key)))
     drawn = resolve_name(host.inferencer).visualize_kwargs

@@ -31,6 +31,8 @@ from torch.testing import assert_close
 
 from polynl_mm import fuse_poly_nl
 from polynl_mm.context import WindowError, grid
+from polynl_mm.engine.cli import StartError
+from polynl_mm.engine.start import read_config
 from polynl_mm.segmentation import windows as module
 
 pytestmark = pytest.mark.usefixtures('quiet_and_quick')
@@ -482,6 +484,22 @@ def predict(model, **test_cfg):
 def test_what_is_no_context(context):
     with pytest.raises(ValueError, match=r'model\.test_cfg\.context='):
         predict(build(), **WINDOWS, context=context)
+
+
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        (dict(mode='slide', context='row'), "context='row', expected"),
+        (dict(context='image'), "is for model.test_cfg.mode='slide', got"),
+    ],
+    ids=str,
+)
+def test_tools_say_it_before_they_start(options, said):
+    path = str(ROOT / 'configs/mini/polynl_r18-d4_mini-cityscapes.py')
+    options = {f'model.test_cfg.{key}': v for key, v in options.items()}
+    with pytest.raises(StartError, match=said):
+        read_config(path, options)
+    read_config(path, {**options, 'model.test_cfg.context': None})
 
 
 def test_a_key_that_is_not_heeded_is_an_error():
