@@ -895,7 +895,14 @@ def test_compiled_in_one_graph(size, trainable):
 
 
 @pytest.mark.skipif(OLD_TORCH, reason='torch.compile came of age in 2.5')
-@pytest.mark.parametrize('how', ['as it is', 'inference', 'training'])
+@pytest.mark.parametrize(
+    'how',
+    [
+        'as it is',
+        'inference',
+        pytest.param('training', marks=pytest.mark.long),
+    ],
+)
 def test_backbone_compiled_in_one_graph(how):
     torch._dynamo.reset()
     model = trained(fused=how == 'training')

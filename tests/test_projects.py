@@ -96,6 +96,7 @@ def test_what_is_left_out(scaling):
         assert fits(name, 64**2) and not fits(name, 512**2)
 
 
+@pytest.mark.long
 def test_layers_of_small_sizes(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCALING), '--out', str(tmp_path)]

@@ -103,7 +103,10 @@ def first_of_each_model():
     [
         # Those of the rivals change with the hosts alone.
         pytest.param(
-            name, marks=[] if 'polynl' in name else [pytest.mark.long]
+            name,
+            marks=[pytest.mark.long]
+            if 'polynl' not in name or '1xb8' in name
+            else [],
         )
         for name in first_of_each_model()
     ],

@@ -187,6 +187,7 @@ def run(repository, *args):
     )
 
 
+@pytest.mark.long
 def test_against_a_commit(repository):
     done = run(
         repository,

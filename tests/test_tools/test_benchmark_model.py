@@ -197,6 +197,7 @@ def test_time_and_memory(here, start_here):
     assert '| 1.000 ± 0.000 |' in lines[-2]
 
 
+@pytest.mark.long
 def test_children_of_a_process_that_has_seen_the_gpu(here, start_here):
     """They are spawned: they find the tool, its modules and the config."""
     (here / 'sitecustomize.py').write_text(SPAWN)
@@ -208,6 +209,7 @@ def test_children_of_a_process_that_has_seen_the_gpu(here, start_here):
     assert (here / 'asked').exists()
 
 
+@pytest.mark.long
 def test_one_mode_only(here, start_here):
     shape = ('--shape', 16, 16, '--turns', 2)
     out = start_here('tiny.py', *shape, '--modes', 'forward')
