@@ -59,7 +59,7 @@ _EXCLUDED = ('auxiliary_head.*', 'text_encoder.*')
 _heeded: ContextVar[list | None] = ContextVar('heeded', default=None)
 
 
-def _around(kind: type, name: str) -> Callable:
+def _in_place_of(kind: type, name: str) -> Callable:
     """Have a function stand around a host's, which it is given first."""
     present = vars(kind)[name]
     # That of the host also where this module is imported once more.
@@ -77,8 +77,8 @@ def _around(kind: type, name: str) -> Callable:
     return decorate
 
 
-@_around(EncoderDecoder, 'slide_inference')
-@_around(MultimodalEncoderDecoder, 'slide_inference')
+@_in_place_of(EncoderDecoder, 'slide_inference')
+@_in_place_of(MultimodalEncoderDecoder, 'slide_inference')
 def _slide_inference(
     host: Callable,
     self: BaseSegmentor,
@@ -162,7 +162,7 @@ def check_test_cfg(test_cfg: dict | None) -> None:
         )
 
 
-@_around(BaseSegmentor, 'forward')
+@_in_place_of(BaseSegmentor, 'forward')
 def _forward(
     host: Callable,
     self: BaseSegmentor,

@@ -1,6 +1,8 @@
-"""Time and memory of a head by windows, against the size of the image.
+r"""Time and memory of a head by windows, against the size of the image.
 
-    python projects/windows/cost.py --sizes 512 1024 2048 4096 8192
+    python projects/windows/cost.py --sizes 512 1024 2048
+    python projects/windows/cost.py --sizes 8192 \
+        --ways 'windows, 2048 MiB held'
     python projects/windows/cost.py --turns 10
 
 The head of configs/cityscapes/polynl_r50-d8_4xb2-40k_cityscapes-512x1024.py
@@ -16,7 +18,6 @@ that are all held, and with one that are all computed again.
 
 import argparse
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -88,14 +89,15 @@ def compute(head, shape: tuple, size: int, overlap: int, way: str):
 @torch.no_grad()
 def once(shape: tuple, size: int, overlap: int, way: str) -> tuple:
     """Seconds, and bytes at the peak above what was there before."""
-    head = build_head()
-    compute(head, (size, size), size, 0, 'whole')
-    Path('/proc/self/clear_refs').write_text('5')
-    before = timing._status('VmRSS')
-    start = time.perf_counter()
-    compute(head, shape, size, overlap, way)
-    seconds = time.perf_counter() - start
-    return seconds, timing._status('VmHWM') - before
+    head, seconds = build_head(), []
+
+    all_of_it = partial(compute, head, shape, size, overlap, way)
+    peak = timing.added_at_peak(
+        lambda: seconds.append(timing.seconds_of(all_of_it, 'cpu')),
+        'cpu',
+        warm_up=partial(compute, head, (size, size), size, 0, 'whole'),
+    )
+    return seconds[0], peak
 
 
 def sizes(args) -> str:

@@ -140,12 +140,13 @@ def _median(values: list) -> tuple[float, float]:
 # ------------------------------------------------------------------ memory
 
 
-def added_at_peak(f, device: str) -> int:
+def added_at_peak(f, device: str, warm_up=None) -> int:
     """Bytes that a call adds at its peak, after one that does not count.
 
-    To be run in a process of its own, see :func:`one_process_each`.
+    To be run in a process of its own, see :func:`one_process_each`. Where a
+    second call would take long, ``warm_up`` is a smaller one.
     """
-    f()
+    (warm_up or f)()
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
