@@ -753,8 +753,11 @@ class _Flight:
 
     def _run(self):
         self._calls = 0
+        self.made = None
         token = _flying.set((*_flying.get(), self))
-        if self.is_measured or self.windows.wait_on is not None:
+        # Whether it is held or not, it may use what others have moved.
+        moves = self.windows.wait_on is not None
+        if moves or (self.is_measured and self.is_held):
             self.made = _Made(self.windows.away)
         try:
             with self.made or nullcontext():
