@@ -143,11 +143,12 @@ _LEAN = {
     # u v, gate, Y; dM, T, two terms of dX.
     Form('direct'): ((0, 7, 5), (0, 18, 12)),
     # S, Y; dM, two terms of dX.
-    Form('gram'): ((0, 3, 5), (0, 10, 12)),
-    # As on X, and X of H; its gradient, and that of A and b.
-    Form('direct', behind=True): ((2, 5, 7), (8, 12, 25)),
+    Form('gram'): ((0, 3, 5), (0, 10, 15)),
+    # As on X, and X of H; its gradient, and that of A and b. What is added to
+    # every position is written first, and read again.
+    Form('direct', behind=True): ((2, 11, 10), (8, 18, 31)),
     # m, H - m, S, Y; dA', db', two terms of dH.
-    Form('gram', behind=True): ((5, 1, 8), (10, 4, 27)),
+    Form('gram', behind=True): ((5, 3, 10), (12, 6, 34)),
 }
 
 # A layer asks the same at every call.

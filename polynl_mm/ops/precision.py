@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cublas import HAS_CUBLAS
+
 HALF = (torch.float16, torch.bfloat16)
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -159,27 +161,21 @@ class Switches(NamedTuple):
 class Precision(NamedTuple):
     """In what the layer runs on a GPU; sums are float32 at least.
 
-    ``'tf32'``, or ``'ieee'``, the dtype of the operands as it is: what Triton
-    calls ``input_precision``.
+    ``'tf32'``, or ``'ieee'``, the dtype of the operands as it is.
 
     Attributes:
         products: Those with features, which stand for convolutions.
         algebra: Those of C x C matrices, which are never of low precision.
-        products_by_torch, algebra_by_torch: Whether torch's own products run
-            in that precision, so that they may be asked.
     """
 
     products: str
     algebra: str
-    products_by_torch: bool
-    algebra_by_torch: bool
 
 
 def policy(
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
     convolutions: bool,
-    products: bool,
 ) -> Precision:
     """The precision for features of a dtype.
 
@@ -190,17 +186,15 @@ def policy(
     Args:
         dtype (torch.dtype): Of the features.
         capability (tuple, optional): Of the device, see :func:`capability`.
-        convolutions, products (bool): As in :class:`Switches`.
+        convolutions (bool): As in :class:`Switches`.
     """
     has_tf32 = capability is not None and capability >= (8, 0)
-    own = 'tf32' if has_tf32 and products else 'ieee'  # torch's, of float32
     if dtype == torch.float64:
-        return Precision('ieee', 'ieee', True, True)
+        return Precision('ieee', 'ieee')
     if dtype in HALF:
-        algebra = 'tf32' if has_tf32 else 'ieee'
-        return Precision('ieee', algebra, True, algebra == own)
+        return Precision('ieee', 'tf32' if has_tf32 else 'ieee')
     wanted = 'tf32' if has_tf32 and convolutions else 'ieee'
-    return Precision(wanted, wanted, wanted == own, wanted == own)
+    return Precision(wanted, wanted)
 
 
 def switches() -> Switches:
@@ -251,7 +245,9 @@ def _asked_once(device):
 
 def precision_for(x: Tensor) -> Precision:
     """:func:`policy` for features as they come, under autocast or not."""
-    return policy(autocast_dtype(x), capability(x.device), *switches())
+    return policy(
+        autocast_dtype(x), capability(x.device), switches().convolutions
+    )
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -259,7 +255,7 @@ def has_kernels(x: Tensor) -> bool:
 
     They are for tensor cores: an NVIDIA GPU that has TF32; float16, bfloat16,
     or float32 where convolutions may run in TF32, or where they may not and
-    torch's products would all the same. They need Triton, the
+    torch's products would all the same. They need cuBLAS and Triton, the
     interpreter of which runs them on a CPU. A program that is to run anywhere
     (traced, exported) has none of them; nor has anybody who sets
     POLYNL_KERNELS=0 before the package is imported.
@@ -268,8 +264,11 @@ def has_kernels(x: Tensor) -> bool:
         return False
     if _INTERPRETED or x.device.type != 'cuda':
         return _INTERPRETED and x.device.type == 'cpu'
-    found = precision_for(x)
-    return found.algebra == 'tf32' or not found.products_by_torch
+    found = capability(x.device)
+    if not HAS_CUBLAS or found is None or found < (8, 0):
+        return False
+    dtype = autocast_dtype(x)
+    return dtype in HALF or dtype == torch.float32 and any(switches())
 
 
 # ---------------------------------------------------------------- autocast

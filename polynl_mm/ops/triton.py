@@ -26,14 +26,14 @@ is summed by atomic operations: a result is the same in every run.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import lru_cache, wraps
-from typing import NamedTuple
+from functools import wraps
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cublas import multiply
 from .kernels import (
     centre_kernel,
     columns_kernel,
@@ -45,19 +45,10 @@ from .kernels import (
     gate_adjoint_kernel,
     gate_kernel,
     gate_of_pair_kernel,
-    product_kernel,
     rows_kernel,
 )
 from .moments import empty_like
-from .precision import (
-    BMM_WIDENS,
-    HALF,
-    Precision,
-    float_dtype,
-    matmul,
-    matmul_into,
-    precision_for,
-)
+from .precision import float_dtype, precision_for
 
 __all__ = [
     'add_product',
@@ -88,13 +79,6 @@ def _block(size: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), most)
 
 
-@lru_cache
-def _processors(device: torch.device) -> int:
-    if device.type != 'cuda':
-        return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _on_device(f):
     """Launch on the device of the first tensor, whichever is current."""
 
@@ -109,134 +93,32 @@ def _on_device(f):
 # ---------------------------------------------------------------- products
 
 
-class _Matrices(NamedTuple):
-    """Matrices in memory: for each image, pair and term, by strides."""
-
-    data: Tensor
-    rows: int
-    columns: int
-    i: int
-    j: int
-    image: int = 0
-    pair: int = 0
-    term: int = 0
-
-    @property
-    def mT(self) -> _Matrices:  # noqa: N802, as torch has it
-        return self._replace(
-            rows=self.columns, columns=self.rows, i=self.j, j=self.i
-        )
-
-
-def _matrices(t: Tensor, *axes: str) -> _Matrices:
-    """Matrices of t; what its axes before the last two number."""
-    steps = dict(zip(axes, t.stride()))
-    return _Matrices(t, *t.shape[-2:], *t.stride()[-2:], **steps)
-
-
 def _distance(t1: Tensor, t2: Tensor) -> int:
     """How far apart two contiguous tensors of one dtype lie, in elements."""
     return (t2.data_ptr() - t1.data_ptr()) // t1.element_size()
 
 
-def _two(w1: Tensor, w2: Tensor, axis: str) -> _Matrices:
-    """Two contiguous matrices of one shape, numbered by ``axis``."""
-    return _matrices(w1)._replace(**{axis: _distance(w1, w2)})
+def _both(w1: Tensor, w2: Tensor) -> Tensor:
+    """Two contiguous (C, c) as one (2C, c): a view if they lie so."""
+    storage = w1.untyped_storage().data_ptr()
+    if w2.untyped_storage().data_ptr() == storage and (
+        _distance(w1, w2) == w1.numel()
+    ):
+        return w1.as_strided((2 * len(w1), w1.shape[1]), w1.stride())
+    return torch.cat((w1, w2))
 
 
-def _multiply(
-    y: _Matrices,
-    a: _Matrices,
-    b: _Matrices,
-    precision: str,
-    images: int = 1,
-    pairs: int = 1,
-    terms: int = 1,
-    part: int = 0,
-    add: Tensor | None = None,
-    column: Tensor | None = None,
-    outer: tuple[Tensor, int, Tensor] | None = None,
-    symmetric: bool = False,
-    features: bool = False,
-) -> Tensor:
-    """product_kernel, its result in y.
-
-    In TF32 operands are rounded, but for those with features, which would
-    wait for it: cut off as they are, such a product is up to 1e-3 too small.
-    """
-    rows, columns = y.rows, y.columns
-    large = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) * images * pairs
-    # Without tensor cores, a tile of 128 takes more registers than there are.
-    exact = precision == 'ieee' and a.data.dtype not in HALF
-    large = large >= _processors(y.data.device) and not exact
-    tile = 128 if large else 64
-    acc = tl.float64 if a.data.dtype == torch.float64 else tl.float32
-    u, u_pair, v = outer or (None, 0, None)
-    tiles = triton.cdiv(rows, tile) * triton.cdiv(columns, tile)
-    launch(
-        product_kernel,
-        (tiles, images, pairs),
-        *(a.data, b.data, y.data, add, column, u, v),
-        *(rows, columns, a.columns, part, terms),
-        *(a.image, a.pair, a.term, a.i, a.j),
-        *(b.image, b.pair, b.term, b.i, b.j),
-        *(y.image, y.pair, y.i, y.j),
-        0 if column is None or column.dim() == 1 else column.stride(0),
-        u_pair,
-        PRECISION=precision,
-        ROUND=precision == 'tf32' and not features,
-        SYMMETRIC=symmetric,
-        ACC=acc,
-        BI=tile,
-        BJ=tile,
-        BK=64 if a.data.dtype in HALF else 32,
-        num_warps=8 if tile == 128 else 4,
-        num_stages=3,
-    )
-    return y.data
+def _each(matrix: Tensor, images: int) -> Tensor:
+    """One matrix (m, k) for every image."""
+    return matrix.expand(images, -1, -1)
 
 
-def _by_torch(x: Tensor, precision: Precision) -> bool:
-    """Whether cuBLAS, asked by torch, runs a product with x as it should."""
-    return x.is_cuda and precision.products_by_torch
-
-
-def _contract(p: Tensor, q: Tensor, symmetric: bool = False) -> Tensor:
+def _contract(p: Tensor, q: Tensor) -> Tensor:
     """P Q^T of (B, C, N) and (B, c, N): (B, C, c), at least float32."""
-    precision = precision_for(p)
-    if _by_torch(p, precision) and (p.dtype not in HALF or BMM_WIDENS):
-        return matmul(p, q.mT)
-    images, rows, depth = p.shape
-    columns = q.shape[1]
-    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) * images
-    # A sum is shared out where the tiles leave processors idle; a part is at
-    # least 512 long.
-    parts = min(2 * _processors(p.device) // max(tiles, 1), depth // 512)
-    dtype = float_dtype(p.dtype)
-    a, b = _matrices(p, 'image'), _matrices(q, 'image').mT
-    if parts < 2:
-        y = p.new_empty((images, rows, columns), dtype=dtype)
-        return _multiply(
-            *(_matrices(y, 'image'), a, b, precision.products),
-            images=images,
-            symmetric=symmetric,
-            features=True,
-        )
-    part = triton.cdiv(triton.cdiv(depth, parts), 64) * 64
-    parts = triton.cdiv(depth, part)
-    y = p.new_empty((parts, images, rows, columns), dtype=dtype)
-    _multiply(
-        _matrices(y, 'pair', 'image'),
-        a._replace(pair=part * a.j),
-        b._replace(pair=part * b.i),
-        precision.products,
-        images=images,
-        pairs=parts,
-        part=part,
-        symmetric=symmetric,
-        features=True,
+    y = p.new_empty(
+        (len(p), p.shape[1], q.shape[1]), dtype=float_dtype(p.dtype)
     )
-    return y.sum(0)
+    return multiply(y, p, q.mT, precision_for(p).products)
 
 
 def _apply(
@@ -250,35 +132,12 @@ def _apply(
 
     A column (B, C) or (C,) is added to every position.
     """
-    yf, precision = y.view(*y.shape[:2], xf.shape[2]), precision_for(xf)
-    if _by_torch(xf, precision) and (
-        column is None or not _is_aligned(xf, yf)
-    ):
-        if column is not None:
-            (yf.add_ if add else yf.copy_)(column.unsqueeze(-1))
-            add = True
-        if yf.is_contiguous():
-            matmul_into(yf, matrix, xf, add)
-        else:
-            matmul_into(yf.mT, xf.mT, matrix.mT, add)
-    else:
-        _multiply(
-            _matrices(yf, 'image'),
-            _matrices(matrix, 'image'),
-            _matrices(xf, 'image'),
-            precision.products,
-            images=len(xf),
-            column=column,
-            add=yf if add else None,
-            features=True,
-        )
+    yf = y.view(*y.shape[:2], xf.shape[2])
+    if column is not None:
+        (yf.add_ if add else yf.copy_)(column.unsqueeze(-1))
+        add = True
+    multiply(yf, matrix, xf, precision_for(xf).products, add)
     return y
-
-
-def _is_aligned(*tensors: Tensor) -> bool:
-    """Whether Triton can tell that rows begin where wide loads may."""
-    strides = (step for t in tensors for step in t.stride())
-    return all(step == 1 or step % 16 == 0 for step in strides)
 
 
 # ---------------------------------------------------------------- the gate
@@ -325,7 +184,7 @@ def gate(
         torch.cat((w1, w2), out=stack)
         column = None if b1 is None else torch.cat((b1, b2))
         uv = x.new_empty(images, 2 * channels, n)
-        _apply(stack.expand(images, -1, -1), xf, uv, column)
+        _apply(_each(stack, images), xf, uv, column)
         sums = None
         if b1 is not None and backward:
             sums = w1.new_empty(images, 2, channels)
@@ -348,17 +207,13 @@ def gate(
         m, z = _mean(x, weights, count, centred)
     if weights is not None:
         z = (z * weights.flatten(2).sqrt()).to(x.dtype)
-    s = _contract(z, z, symmetric=True)
-    pairs = 2 if backward else 1
-    t = _multiply(
-        _matrices(
-            w1.new_empty(images, pairs, channels, narrow), 'image', 'pair'
-        ),
-        _two(w1, w2, 'pair'),
-        _matrices(s, 'image'),
+    # Without a gradient there is a use for W1 alone.
+    w = _both(w1, w2) if backward else w1
+    t = multiply(
+        w1.new_empty(images, len(w), narrow),
+        _each(w, images),
+        _contract(z, z),
         precision_for(x).algebra,
-        images=images,
-        pairs=pairs,
     )
     launch(
         gate_kernel,
@@ -369,6 +224,7 @@ def gate(
         ACC=_acc(w1),
         BJ=_block(narrow, 2**16),
     )
+    t = t.unflatten(1, (-1, channels))
     kept = [t] if m is None else [t, m]
     return [g, *kept] if backward else [g]
 
@@ -465,15 +321,12 @@ def gate_adjoint(
         return found
     if direct:
         return [*found, v]
-    e = _multiply(
-        _matrices(x.new_empty(images, narrow, narrow), 'image'),
-        _two(w1, w2, 'term').mT,
-        _matrices(v.unflatten(1, (2, channels)), 'image', 'term'),
+    e = multiply(
+        w1.new_empty(images, narrow, narrow),
+        _each(_both(w1, w2).mT, images),
+        v,
         precision_for(x).algebra,
-        images=images,
-        terms=2,
-        symmetric=True,
-    )
+    ).to(x.dtype)
     if m is None:
         return [*found, e]
     column = m.new_empty(images, narrow)
@@ -538,6 +391,7 @@ def apply_gate(
     """
     images, channels = g.shape
     g = g.contiguous()
+    algebra = precision_for(x).algebra
     dtype = x.dtype if a is None else w3.dtype
     matrix = w3.new_empty((images, channels, channels), dtype=dtype)
     column = None
@@ -552,13 +406,9 @@ def apply_gate(
         BJ=_block(channels, 128),
     )
     if a is not None:
-        matrix = _multiply(
-            _matrices(x.new_empty(images, *a.shape), 'image'),
-            _matrices(matrix, 'image'),
-            _matrices(a),
-            precision_for(x).algebra,
-            images=images,
-        )
+        product = w3.new_empty(images, *a.shape)
+        multiply(product, matrix, _each(a, images), algebra)
+        matrix = product.to(x.dtype)
     y = empty_like(x, channels)
     return [_apply(matrix, x.flatten(2), y, column), matrix]
 
@@ -608,13 +458,8 @@ def _fold_adjoint(xf, dyf, g, w3, alpha, beta, b3, a, b):
         dcolumn = dyf.sum(2, dtype=w3.dtype)
     dmatrix, matrix, algebra = dmap, None, precision_for(xf).algebra
     if a is not None:
-        dmatrix = _multiply(
-            _matrices(w3.new_empty(images, channels, channels), 'image'),
-            _matrices(dmap, 'image'),
-            _matrices(a).mT,
-            algebra,
-            images=images,
-        )
+        dmatrix = w3.new_empty(images, channels, channels)
+        multiply(dmatrix, dmap, _each(a.mT, images), algebra)
         matrix = torch.empty_like(dmatrix)
     tiles = [triton.cdiv(channels, 64)] * 2
     of_gain = w3.new_empty(tiles[0], images, channels)
@@ -646,13 +491,10 @@ def _fold_adjoint(xf, dyf, g, w3, alpha, beta, b3, a, b):
     )
     found = [d for d in (dg, dw3, dscalars, db3) if d is not None]
     if a is not None:
-        da = _multiply(
-            _matrices(torch.empty_like(a)),
-            _matrices(matrix, 'term').mT,
-            _matrices(dmap, 'term'),
-            algebra,
-            terms=images,
-        )
+        # A sum over images is one over the rows of all.
+        da = torch.empty_like(a)
+        of_all = matrix.flatten(0, 1).mT, dmap.flatten(0, 1)
+        multiply(da[None], *(m[None] for m in of_all), algebra)
         found += [da, db]
     return found
 
@@ -671,13 +513,9 @@ def project(
 ) -> list[Tensor]:
     """P1 and P2 (2, C, c); p1 and p2 (2, C)."""
     channels, narrow = a.shape
-    p = _multiply(
-        _matrices(w1.new_empty(2, channels, narrow), 'pair'),
-        _two(w1, w2, 'pair'),
-        _matrices(a),
-        precision_for(a).algebra,
-        pairs=2,
-    )
+    p = w1.new_empty(2, channels, narrow)
+    w, algebra = _both(w1, w2), precision_for(a).algebra
+    multiply(p.view(1, -1, narrow), w[None], a[None], algebra)
     q = w1.new_empty(2, channels)
     launch(
         rows_kernel,
@@ -707,23 +545,12 @@ def project_adjoint(
         w1, w2, a, b: As of :func:`project`.
     """
     channels = len(a)
-    dp1, dp2 = dp1.contiguous(), dp2.contiguous()
-    precision = precision_for(a).algebra
-    dw = _multiply(
-        _matrices(w1.new_empty(2, channels, channels), 'pair'),
-        _two(dp1, dp2, 'pair'),
-        _matrices(a).mT,
-        precision,
-        pairs=2,
-        outer=(dq, channels, b),
-    )
-    da = _multiply(
-        _matrices(torch.empty_like(a)),
-        _two(w1, w2, 'term').mT,
-        _two(dp1, dp2, 'term'),
-        precision,
-        terms=2,
-    )
+    dp = _both(dp1.contiguous(), dp2.contiguous())
+    algebra = precision_for(a).algebra
+    dw = torch.outer(dq.flatten(), b)
+    multiply(dw[None], dp[None], a.mT[None], algebra, add=True)
+    dw, da = dw.view(2, channels, channels), torch.empty_like(a)
+    multiply(da[None], _both(w1, w2).mT[None], dp[None], algebra)
     db = torch.empty_like(b)
     _columns(db.unsqueeze(0), dq, w1, w2)
     return [dw, da, db]

@@ -12,11 +12,13 @@ from helpers import DEVICES  # noqa: E402
 
 @pytest.fixture(params=DEVICES, autouse=True)
 def device(request):
-    """The device that tensors are made on by default."""
+    """The device that tensors are made on by default, its name."""
     if request.param == 'cpu':
         yield 'cpu'
         return
-    with torch.device(request.param):
+    # float32 as on a CPU; what runs in TF32 has tests of its own.
+    convolutions = torch.backends.cudnn
+    with torch.device(request.param), convolutions.flags(allow_tf32=False):
         yield request.param
 
 
@@ -32,33 +34,13 @@ def fresh_memory_is_nan():
 
 
 if os.environ.get('TRITON_INTERPRET') == '1':
-    # Kernels run on the CPU. Their interpreter has bfloat16 as bits, which it
-    # multiplies as they are, and cuts off where a card rounds; of TF32, which
-    # tensor cores cut off of float32, it knows nothing.
+    # Kernels run on the CPU. Their interpreter cuts off what is to become
+    # bfloat16, where a card rounds.
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
-    create_dot = interpreter.InterpreterBuilder.create_dot
     convert_float = interpreter._convert_float
-
-    def widened(a):
-        if a.dtype.scalar != tl.bfloat16:
-            return a
-        bits = a.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    def cut_off(a):
-        bits = a.data.view(np.uint32) & 0xFFFFE000
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    def create_dot_of_any(self, a, b, total, precision, *args):
-        a, b = widened(a), widened(b)
-        if precision == interpreter._ir.INPUT_PRECISION.TF32 and (
-            a.dtype.scalar == tl.float32
-        ):
-            a, b = cut_off(a), cut_off(b)
-        return create_dot(self, a, b, total, precision, *args)
 
     def convert_by_rounding(data, source, target, mode):
         if (source, target) != (tl.float32, tl.bfloat16):
@@ -66,5 +48,4 @@ if os.environ.get('TRITON_INTERPRET') == '1':
         rounded = torch.from_numpy(data.view(np.float32)).bfloat16()
         return rounded.view(torch.int16).numpy().view(np.uint16)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot_of_any
     interpreter._convert_float = convert_by_rounding

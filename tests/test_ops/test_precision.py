@@ -130,73 +130,51 @@ def test_product_of_low_precision_is_float32(dtype):
     assert (y == 300 * 300.0**2).all()
 
 
-# Capability of the device; the switches of convolutions and products; in what
-# the products with features and the algebra run, + where torch's own do.
+# Capability of the device, the switch of convolutions; in what the products
+# with features and the algebra run.
 POLICY = """
-bfloat16 None    no  no  | ieee+ ieee+
-bfloat16 None    no  yes | ieee+ ieee+
-bfloat16 None    yes no  | ieee+ ieee+
-bfloat16 None    yes yes | ieee+ ieee+
-bfloat16 (7, 5)  no  no  | ieee+ ieee+
-bfloat16 (7, 5)  no  yes | ieee+ ieee+
-bfloat16 (7, 5)  yes no  | ieee+ ieee+
-bfloat16 (7, 5)  yes yes | ieee+ ieee+
-bfloat16 (8, 0)  no  no  | ieee+ tf32
-bfloat16 (8, 0)  no  yes | ieee+ tf32+
-bfloat16 (8, 0)  yes no  | ieee+ tf32
-bfloat16 (8, 0)  yes yes | ieee+ tf32+
-float32  None    no  no  | ieee+ ieee+
-float32  None    no  yes | ieee+ ieee+
-float32  None    yes no  | ieee+ ieee+
-float32  None    yes yes | ieee+ ieee+
-float32  (7, 5)  no  no  | ieee+ ieee+
-float32  (7, 5)  no  yes | ieee+ ieee+
-float32  (7, 5)  yes no  | ieee+ ieee+
-float32  (7, 5)  yes yes | ieee+ ieee+
-float32  (8, 0)  no  no  | ieee+ ieee+
-float32  (8, 0)  no  yes | ieee  ieee
-float32  (8, 0)  yes no  | tf32  tf32
-float32  (8, 0)  yes yes | tf32+ tf32+
-float64  None    no  no  | ieee+ ieee+
-float64  None    no  yes | ieee+ ieee+
-float64  None    yes no  | ieee+ ieee+
-float64  None    yes yes | ieee+ ieee+
-float64  (7, 5)  no  no  | ieee+ ieee+
-float64  (7, 5)  no  yes | ieee+ ieee+
-float64  (7, 5)  yes no  | ieee+ ieee+
-float64  (7, 5)  yes yes | ieee+ ieee+
-float64  (8, 0)  no  no  | ieee+ ieee+
-float64  (8, 0)  no  yes | ieee+ ieee+
-float64  (8, 0)  yes no  | ieee+ ieee+
-float64  (8, 0)  yes yes | ieee+ ieee+
+bfloat16 None    no  | ieee ieee
+bfloat16 None    yes | ieee ieee
+bfloat16 (7, 5)  no  | ieee ieee
+bfloat16 (7, 5)  yes | ieee ieee
+bfloat16 (8, 0)  no  | ieee tf32
+bfloat16 (8, 0)  yes | ieee tf32
+float32  None    no  | ieee ieee
+float32  None    yes | ieee ieee
+float32  (7, 5)  no  | ieee ieee
+float32  (7, 5)  yes | ieee ieee
+float32  (8, 0)  no  | ieee ieee
+float32  (8, 0)  yes | tf32 tf32
+float64  None    no  | ieee ieee
+float64  None    yes | ieee ieee
+float64  (7, 5)  no  | ieee ieee
+float64  (7, 5)  yes | ieee ieee
+float64  (8, 0)  no  | ieee ieee
+float64  (8, 0)  yes | ieee ieee
 """
 
 
 def test_policy():
-    lines, answers = [], {True: 'yes', False: 'no'}
+    lines = []
     for name in ('bfloat16', 'float32', 'float64'):
         for capability in (None, (7, 5), (8, 0)):
-            for allowed in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                allowed = tuple(map(bool, allowed))
-                found = policy(getattr(torch, name), capability, *allowed)
-                conv, product = (answers[a] for a in allowed)
-                products = found.products + '+' * found.products_by_torch
-                algebra = found.algebra + '+' * found.algebra_by_torch
+            for allowed, answer in ((False, 'no'), (True, 'yes')):
+                found = policy(getattr(torch, name), capability, allowed)
                 lines.append(
-                    f'{name:8} {capability!s:7} {conv:3} {product:3} | '
-                    f'{products:5} {algebra}'
+                    f'{name:8} {capability!s:7} {answer:3} | '
+                    f'{found.products} {found.algebra}'
                 )
     assert lines == POLICY.split('\n')[1:-1]
 
 
 @pytest.mark.parametrize('capability', [None, (7, 5), (8, 0), (12, 0)])
-@pytest.mark.parametrize('allowed', [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize('allowed', [False, True])
 def test_policy_of_float16_and_later_devices(capability, allowed):
-    found = policy(torch.float16, capability, *allowed)
-    assert found == policy(torch.bfloat16, capability, *allowed)
+    found = policy(torch.float16, capability, allowed)
+    assert found == policy(torch.bfloat16, capability, allowed)
     if capability == (12, 0):
-        found = policy(torch.float32, capability, *allowed)
-        assert found == policy(torch.float32, (8, 0), *allowed)
+        found = policy(torch.float32, capability, allowed)
+        assert found == policy(torch.float32, (8, 0), allowed)
 
 
 # How switches are set, and whether convolutions and products then are in TF32.
@@ -301,6 +279,7 @@ def test_older_torch(monkeypatch):
         ({}, torch.float32, True),
         ({}, torch.float64, False),
         (dict(_HAS_TRITON=False), torch.bfloat16, False),
+        (dict(HAS_CUBLAS=False), torch.bfloat16, False),
         (dict(_capability=lambda device: (7, 5)), torch.bfloat16, False),
         (dict(_capability=lambda device: None), torch.bfloat16, False),
         (dict(switches=lambda: (False, True)), torch.bfloat16, True),
@@ -313,6 +292,7 @@ def test_older_torch(monkeypatch):
 def test_who_has_kernels(change, dtype, expected, monkeypatch):
     card = dict(
         _HAS_TRITON=True,
+        HAS_CUBLAS=True,
         _capability=lambda device: (9, 0),
         switches=lambda: (True, False),
     )
