@@ -167,7 +167,7 @@ def test_low_precision_beyond_float16(form, dtype, n, autocast, device):
     # What autocast or the host casts to low precision is equal for both.
     inputs = [t.to(dtype).to(stored).to(device) for t in inputs]
     inputs = [t.requires_grad_() for t in inputs]
-    exact = [t.detach().double().cpu().requires_grad_() for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
     truth = poly_nl_loop(*exact)
     u, v = (torch.einsum('oi,bin->bon', w, exact[0]) for w in exact[1:3])
     assert (u * v).mean(-1).abs().min() > 65504
@@ -178,8 +178,8 @@ def test_low_precision_beyond_float16(form, dtype, n, autocast, device):
         y = FORMS[form](*inputs)
     assert y.dtype == dtype
     assert_near(y, truth, HALF_TOLERANCE[dtype])
-    dy = dy.to(dtype)
-    gots = gradients(y, inputs, dy.to(device))
+    dy = dy.to(device, dtype)
+    gots = gradients(y, inputs, dy)
     for name, want in gradients(truth, exact, dy.double()).items():
         assert gots[name].dtype == stored
         assert_near(gots[name], want, 2 * HALF_TOLERANCE[dtype], name)

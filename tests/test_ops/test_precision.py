@@ -189,9 +189,7 @@ OLDER = [
 ]
 # torch >= 2.9. At most of these the older ones raise when they are read.
 NEWER = [
-    ('all.fp32_precision = "ieee"', False, False),
     ('all.fp32_precision = "tf32"', True, True),
-    ('cudnn.fp32_precision = "ieee"', False, False),
     ('cudnn.fp32_precision = "tf32"', True, True),
     ('cudnn.conv.fp32_precision = "ieee"', False, False),
     ('cudnn.conv.fp32_precision = "none"', False, False),
@@ -201,10 +199,6 @@ NEWER = [
         *(True, False),
     ),
     ('cuda.matmul.fp32_precision = "tf32"', True, True),
-    (
-        'cuda.matmul.fp32_precision = "tf32"; cudnn.fp32_precision = "ieee"',
-        *(False, True),
-    ),
     # Of both kinds: what was set last holds.
     (
         'cudnn.allow_tf32 = False; cudnn.conv.fp32_precision = "tf32"',
@@ -219,6 +213,15 @@ NEWER = [
         *(True, False),
     ),
     ('cuda.matmul.fp32_precision = "tf32"; ask_for("highest")', True, False),
+]
+# Where convolutions follow what stands above them: 2.11 does not, 2.13 does.
+FOLLOWED = [
+    ('all.fp32_precision = "ieee"', False, False),
+    ('cudnn.fp32_precision = "ieee"', False, False),
+    (
+        'cuda.matmul.fp32_precision = "tf32"; cudnn.fp32_precision = "ieee"',
+        *(False, True),
+    ),
 ]
 READ = """
 import os, sys, warnings
@@ -243,6 +246,8 @@ def test_switches():
     settings = OLDER
     if hasattr(torch.backends, 'fp32_precision'):
         settings = OLDER + NEWER
+        if torch.__version__ >= '2.13':
+            settings = settings + FOLLOWED
     found = subprocess.run(
         [sys.executable, '-c', READ],
         input='\n'.join(line for line, _, _ in settings),
