@@ -58,7 +58,7 @@ train_pipeline = [
     dict(
         type='polynl_mm.LoadAnnotations', with_bbox=True, with_keypoints=True
     ),
-    dict(type='polynl_mm.RandomFlip', prob=0.5),
+    dict(type='RandomFlip', prob=0.5),
     dict(type='polynl_mm.PackDetInputs'),
 ]
 # The pictures are small: a worker would only take time from the training.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Callable
 
 import numpy as np
 from mmdet.datasets import BaseDetDataset
+from mmengine.dataset import Compose
 from mmengine.fileio import get_file_backend, get_local_path, join_path
 from mmengine.utils import is_abs
 
 from polynl_mm.registry import DATASETS
 
+from .boxes import FaceBoxes
 from .files import (
     ATTRIBUTES,
     annotation_format,
@@ -19,6 +22,43 @@ from .files import (
     read_file_list,
     read_landmark_labels,
 )
+
+
+class _FacePipeline(Compose):
+    """mmengine's, and a transform that loses landmarks is refused by name."""
+
+    def __call__(self, data: dict) -> dict | None:
+        for step in self.transforms:
+            carried = _carries_landmarks(data)
+            try:
+                data = step(data)
+            except (AssertionError, NotImplementedError) as error:
+                # So the host refuses boxes that are not its horizontal ones.
+                if not carried:
+                    raise
+                raise _lost(step, f' ({error!r})') from error
+            if data is None:
+                return None
+            if (
+                carried
+                and 'gt_bboxes' in data
+                and not _carries_landmarks(data)
+            ):
+                raise _lost(step)
+        return data
+
+
+def _carries_landmarks(data: dict) -> bool:
+    return isinstance(data.get('gt_bboxes'), FaceBoxes)
+
+
+def _lost(step: Callable, detail: str = '') -> ValueError:
+    return ValueError(
+        f'{type(step).__name__} failed, or gave boxes without landmarks, on '
+        f'boxes with them{detail}: expected a transform that moves gt_bboxes '
+        "by the methods of mmdet's BaseBoxes; take it out of the pipeline, or "
+        'with_keypoints=True out of LoadAnnotations'
+    )
 
 
 @DATASETS.register_module()
@@ -120,6 +160,7 @@ class WiderFaceDataset(BaseDetDataset):
         self.ignore_invalid = ignore_invalid
         self.skip_degenerate = skip_degenerate
         super().__init__(*args, filter_cfg=filter_cfg, **kwargs)
+        self.pipeline = _FacePipeline(self.pipeline.transforms)
 
     def _join_prefix(self) -> None:
         super()._join_prefix()

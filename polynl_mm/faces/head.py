@@ -339,8 +339,12 @@ class RetinaFaceHead(AnchorHead):
 
         Raises:
             ValueError: The landmark branch is on and a picture with faces has
-                no landmarks, or not five per face.
+                no landmarks, or not five per face, or was resized after
+                packing, by which boxes move and landmarks do not.
         """
+        if self.with_landmarks:
+            for faces, meta in zip(batch_gt_instances, batch_img_metas):
+                _check_landmarks(faces, meta)
         # The code of a box without area holds log(0).
         batch_gt_instances = [
             faces[(faces.bboxes[:, 2:] > faces.bboxes[:, :2]).all(1)]
@@ -386,7 +390,7 @@ class RetinaFaceHead(AnchorHead):
         )
         if self.with_landmarks:
             keypoints, visible = _assigned_landmarks(
-                batch_gt_instances, batch_img_metas, sampled
+                batch_gt_instances, sampled
             )
             targets = self.landmark_coder.encode(anchors, keypoints)
             offsets = _flatten(landmark_preds, 2 * NUM_LANDMARKS)[positive]
@@ -604,10 +608,37 @@ def _mean_count(mask: Tensor) -> Tensor:
     return reduce_mean(mask.sum().float()).clamp(min=1)
 
 
+def _check_landmarks(faces: InstanceData, meta: dict) -> None:
+    picture = meta.get('img_path', 'a picture')
+    if not len(faces.bboxes):
+        return
+    for key, shape in (
+        ('bboxes', (4,)),
+        ('keypoints', (NUM_LANDMARKS, 2)),
+        ('keypoints_visible', (NUM_LANDMARKS,)),
+    ):
+        value = faces.get(key)
+        expected = (len(faces.bboxes), *shape)
+        if value is None or value.shape != expected:
+            got = 'none' if value is None else tuple(value.shape)
+            raise ValueError(
+                f'{picture}: gt_instances.{key} must have the shape '
+                f'{expected}, got {got}; polynl_mm.LoadAnnotations('
+                'with_keypoints=True) and polynl_mm.PackDetInputs give it, '
+                'and without landmarks train with loss_landmark=None'
+            )
+    shape = tuple(meta['img_shape'][:2])
+    if tuple(meta.get('landmark_shape', shape)) != shape:
+        raise ValueError(
+            f'{picture}: resized from {meta["landmark_shape"]} to {shape} '
+            'after packing, by which boxes move and landmarks do not: take '
+            'what resizes a batch, such as BatchSyncRandomResize, out of '
+            'data_preprocessor.batch_augments, and resize in the pipeline'
+        )
+
+
 def _assigned_landmarks(
-    batch_gt_instances: list[InstanceData],
-    batch_img_metas: list[dict],
-    sampled: list,
+    batch_gt_instances: list[InstanceData], sampled: list
 ) -> tuple[Tensor, Tensor]:
     """Give the landmarks of each positive anchor's face.
 
@@ -616,24 +647,9 @@ def _assigned_landmarks(
         bool (p, 5).
     """
     points, visible = [], []
-    for faces, meta, result in zip(
-        batch_gt_instances, batch_img_metas, sampled
-    ):
+    for faces, result in zip(batch_gt_instances, sampled):
         if not len(faces.bboxes):
             continue
-        for key, shape in (
-            ('keypoints', (NUM_LANDMARKS, 2)),
-            ('keypoints_visible', (NUM_LANDMARKS,)),
-        ):
-            value = faces.get(key)
-            expected = (len(faces.bboxes), *shape)
-            if value is None or value.shape != expected:
-                got = 'none' if value is None else tuple(value.shape)
-                raise ValueError(
-                    f'{meta.get("img_path", "a picture")}: gt_instances.{key}'
-                    f' must have the shape {expected}, got {got}; without '
-                    'landmarks, train with loss_landmark=None'
-                )
         points.append(faces.keypoints[result.pos_assigned_gt_inds])
         visible.append(faces.keypoints_visible[result.pos_assigned_gt_inds])
     if not points:

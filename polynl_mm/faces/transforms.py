@@ -1,9 +1,9 @@
 """Transforms of pictures with boxes and five landmarks per face.
 
-They carry mmdet's names and are mmdet's where there are no landmarks; what
-they add is said at each. Landmarks travel as ``gt_keypoints``, an (n, 5, 3)
-float32 array, see :mod:`polynl_mm.faces.landmarks`, in pixels of the picture
-as it is at that point. Coordinates are those of boxes: pixel i covers
+They carry mmdet's names; what they add is said at each. Landmarks travel
+inside ``gt_bboxes``, see :class:`polynl_mm.faces.boxes.FaceBoxes`, so that
+any transform of mmdet stands between :class:`LoadAnnotations` and
+:class:`PackDetInputs`. Coordinates are those of boxes: pixel i covers
 [i, i + 1). A landmark is absent where its flag says so, nowhere else:
 transforms move absent ones, too, to places without a meaning.
 
@@ -19,6 +19,7 @@ from functools import partial
 
 import mmcv
 import numpy as np
+import torch
 from mmcv.transforms import BaseTransform
 from mmcv.transforms import LoadImageFromFile as _LoadImageFromFile
 from mmcv.transforms.utils import cache_randomness
@@ -28,16 +29,12 @@ from mmengine import fileio
 
 from polynl_mm.registry import TRANSFORMS
 
+from .boxes import FaceBoxes
 from .files import decode_picture
-from .landmarks import FLIP_INDICES, NUM_LANDMARKS
+from .landmarks import NUM_LANDMARKS
 
 # One row for each face.
-_PER_FACE = (
-    'gt_bboxes',
-    'gt_bboxes_labels',
-    'gt_ignore_flags',
-    'gt_keypoints',
-)
+_PER_FACE = ('gt_bboxes', 'gt_bboxes_labels', 'gt_ignore_flags')
 
 
 @TRANSFORMS.register_module()
@@ -95,16 +92,29 @@ class LoadImageFromFile(_LoadImageFromFile):
 
 @TRANSFORMS.register_module()
 class LoadAnnotations(host.LoadAnnotations):
-    """mmdet's, which ignores ``with_keypoints``, and ``gt_keypoints``.
+    """mmdet's, which ignores ``with_keypoints``; here it has a meaning.
 
     Args:
         *args: See :class:`mmdet.datasets.transforms.LoadAnnotations`, and so
-            for ``**kwargs``; ``with_keypoints=True`` loads the landmarks.
+            for ``**kwargs``; ``with_keypoints=True`` loads the landmarks into
+            ``gt_bboxes``, which are :class:`~.boxes.FaceBoxes` then.
 
     Raises:
-        ValueError: Landmarks are wanted and a face has none, not even absent
-            ones.
+        ValueError: Landmarks are wanted and boxes are not, or a face has
+            none, not even absent ones.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        """Check the arguments."""
+        super().__init__(*args, **kwargs)
+        if self.with_keypoints and not (
+            self.with_bbox and self.box_type == 'hbox'
+        ):
+            raise ValueError(
+                'with_keypoints=True loads landmarks into boxes, expected '
+                "with_bbox=True and box_type='hbox', got "
+                f'with_bbox={self.with_bbox} and box_type={self.box_type!r}'
+            )
 
     def transform(self, results: dict) -> dict:
         """Add ``gt_*``, for every face a row."""
@@ -120,17 +130,18 @@ class LoadAnnotations(host.LoadAnnotations):
                 f'{results.get("img_path")}: with_keypoints=True expects '
                 f'landmarks, give the data set a landmark_file'
             )
-        # mmcv's fails on a picture without a face.
-        results['gt_keypoints'] = np.array(
+        keypoints = np.array(
             [face['keypoints'] for face in instances], np.float32
-        ).reshape(-1, NUM_LANDMARKS, 3)
+        )
+        results['gt_bboxes'] = FaceBoxes.join(
+            results['gt_bboxes'].tensor,
+            torch.from_numpy(keypoints.reshape(-1, NUM_LANDMARKS, 3)),
+        )
 
 
 @TRANSFORMS.register_module()
 class Resize(host.Resize):
-    """mmdet's, and it moves the landmarks, which it never clips.
-
-    ``clip_object_border`` is about boxes.
+    """mmdet's, with a limit.
 
     Args:
         *args: See :class:`mmdet.datasets.transforms.Resize`, and so for
@@ -158,37 +169,6 @@ class Resize(host.Resize):
                 for side in results['scale']
             )
         super()._resize_img(results)
-
-    def transform(self, results: dict) -> dict:
-        """Resize picture, boxes and landmarks."""
-        results = super().transform(results)
-        if results.get('gt_keypoints') is not None:
-            keypoints = results['gt_keypoints'].copy()
-            keypoints[..., :2] *= results['scale_factor']
-            results['gt_keypoints'] = keypoints
-        return results
-
-
-@TRANSFORMS.register_module()
-class RandomFlip(host.RandomFlip):
-    """mmdet's, and it moves the landmarks and renames left and right.
-
-    They are named as the viewer sees them, so that their order, flags
-    included, changes where left and right change sides: in a horizontal and
-    in a diagonal flip, not in a vertical one.
-    """
-
-    def _flip(self, results: dict) -> None:
-        super()._flip(results)
-        if results.get('gt_keypoints') is None:
-            return
-        direction = results['flip_direction']
-        keypoints = self._flip_keypoints(
-            results['gt_keypoints'], results['img'].shape[:2], direction
-        )
-        if direction != 'vertical':
-            keypoints = keypoints[:, FLIP_INDICES]
-        results['gt_keypoints'] = keypoints
 
 
 @TRANSFORMS.register_module()
@@ -221,9 +201,9 @@ class RandomSquareCrop(BaseTransform):
                                                         123)
     ==========  ======================================  ====================
 
-    The picture, ``gt_bboxes``, ``gt_bboxes_labels``, ``gt_ignore_flags`` and
-    ``gt_keypoints`` change, and ``img_shape`` and ``homography_matrix`` with
-    them. Landmarks are moved and never clipped: they may lie outside.
+    The picture, ``gt_bboxes``, ``gt_bboxes_labels`` and ``gt_ignore_flags``
+    change, and ``img_shape`` and ``homography_matrix`` with them. Landmarks
+    are moved and never clipped: they may lie outside.
 
     Args:
         crop_choice (Sequence[float], optional): Factors to choose from.
@@ -329,7 +309,7 @@ class RandomSquareCrop(BaseTransform):
 
     @autocast_box_type()
     def transform(self, results: dict) -> dict:
-        """Crop picture, boxes and landmarks."""
+        """Crop picture and boxes."""
         unknown = [
             key
             for key in ('gt_masks', 'gt_seg_map', 'gt_instances_ids')
@@ -343,7 +323,8 @@ class RandomSquareCrop(BaseTransform):
         bboxes = results.get('gt_bboxes')
         to_learn = np.zeros((0, 4), np.float32)
         if bboxes is not None:
-            to_learn = bboxes.tensor.numpy()
+            corners = bboxes.convert_to('hbox').numpy()
+            to_learn = corners
             if results.get('gt_ignore_flags') is not None:
                 to_learn = to_learn[results['gt_ignore_flags'] == 0]
         left, top, side = self._window(image.shape[:2], to_learn)
@@ -357,17 +338,12 @@ class RandomSquareCrop(BaseTransform):
         if bboxes is None:
             return results
 
-        corner = np.array((left, top), np.float64)
-        keep = _centred(bboxes.tensor.numpy(), corner, side)
+        keep = _centred(corners, np.array((left, top), np.float64), side)
         moved = bboxes.clone()
         moved.translate_([-left, -top])
         if self.bbox_clip_border:
             moved.clip_((side, side))
         results['gt_bboxes'] = moved
-        if results.get('gt_keypoints') is not None:
-            results['gt_keypoints'] = results['gt_keypoints'] - np.array(
-                (left, top, 0), np.float32
-            )
         for key in _PER_FACE:
             if results.get(key) is not None:
                 results[key] = results[key][keep]
@@ -459,36 +435,16 @@ class PhotoMetricDistortion(host.PhotoMetricDistortion):
 
 
 @TRANSFORMS.register_module()
-class FilterAnnotations(host.FilterAnnotations):
-    """mmdet's, and the landmarks of a dropped face go with it."""
-
-    def transform(self, results: dict) -> dict | None:
-        """Drop faces from all ``gt_*``."""
-        keypoints = results.get('gt_keypoints')
-        if keypoints is None:
-            return super().transform(results)
-        # mmdet's selects rows of a fixed list of keys: let it select row
-        # numbers, too.
-        flags = results.get('gt_ignore_flags')
-        results['gt_ignore_flags'] = np.arange(len(keypoints))
-        results = super().transform(results)
-        if results is None:
-            return None
-        keep = results.pop('gt_ignore_flags')
-        if flags is not None:
-            results['gt_ignore_flags'] = flags[keep]
-        results['gt_keypoints'] = keypoints[keep]
-        return results
-
-
-@TRANSFORMS.register_module()
 class PackDetInputs(host.PackDetInputs):
     """mmdet's, and it packs the landmarks.
 
     ``gt_instances`` and ``ignored_instances`` get ``keypoints`` (n, 5, 2)
     float32, in pixels of the input, and ``keypoints_visible`` (n, 5) float32,
     1 for a landmark that is annotated, occluded or not, and 0 for one that is
-    absent, whose position means nothing.
+    absent, whose position means nothing. The metainfo gets
+    ``landmark_shape``, height and width of the picture that they belong to:
+    where ``img_shape`` has become another, the picture was changed behind
+    the pipeline, and they were not.
     """
 
     mapping_table = {
@@ -499,13 +455,19 @@ class PackDetInputs(host.PackDetInputs):
 
     def transform(self, results: dict) -> dict:
         """Give ``inputs`` and ``data_samples``."""
-        keypoints = results.get('gt_keypoints')
-        if keypoints is not None:
-            results = {
+        boxes = results.get('gt_bboxes')
+        if not isinstance(boxes, FaceBoxes):
+            return super().transform(results)
+        points, flags = boxes.keypoints.split((2, 1), -1)
+        packed = super().transform(
+            {
                 **results,
-                'gt_keypoints': np.ascontiguousarray(keypoints[..., :2]),
-                'gt_keypoints_visible': (keypoints[..., 2] > 0).astype(
-                    np.float32
-                ),
+                'gt_bboxes': boxes.convert_to('hbox'),
+                'gt_keypoints': points,
+                'gt_keypoints_visible': (flags.squeeze(-1) > 0).float(),
             }
-        return super().transform(results)
+        )
+        packed['data_samples'].set_metainfo(
+            dict(landmark_shape=results['img_shape'])
+        )
+        return packed

@@ -6,6 +6,7 @@ import pytest
 pytest.importorskip('mmdet')
 
 from mmdet.evaluation import CocoMetric
+from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.registry import DefaultScope
 from release import (
     ABSENT,
@@ -19,7 +20,7 @@ from release import (
 )
 
 from polynl_mm.faces.dataset import WiderFaceDataset
-from polynl_mm.registry import DATASETS
+from polynl_mm.registry import DATASETS, TRANSFORMS
 
 ANN = 'wider_face_split/wider_face_train_bbx_gt.txt'
 
@@ -396,7 +397,7 @@ def test_pipeline_gives_landmarks(labelled):
                 dict(type='polynl_mm.LoadImageFromFile'),
                 dict(type='polynl_mm.LoadAnnotations', with_keypoints=True),
                 dict(type='polynl_mm.Resize', scale_factor=0.5),
-                dict(type='polynl_mm.RandomFlip', prob=1.0),
+                dict(type='RandomFlip', prob=1.0),
                 dict(type='polynl_mm.PackDetInputs'),
             ],
         )
@@ -409,3 +410,58 @@ def test_pipeline_gives_landmarks(labelled):
         [[39.75, 190], [65, 190], [50, 205], [42.5, 220.5], [60, 220]],
     )
     assert sample.ignored_instances.keypoints_visible.tolist() == [[0] * 5]
+
+
+def anew(results):
+    """A transform that makes its boxes by hand."""
+    boxes = results['gt_bboxes'].convert_to('hbox').tensor * 2
+    return {**results, 'gt_bboxes': HorizontalBoxes(boxes)}
+
+
+@pytest.mark.parametrize(
+    'step, name',
+    (
+        (dict(type='RandomErasing', n_patches=1, ratio=0.1), 'RandomErasing'),
+        (anew, 'function'),
+        (
+            dict(
+                type='RandomApply',
+                prob=1.0,
+                transforms=[dict(type='GTBoxSubOne_GLIP')],
+            ),
+            'RandomApply',
+        ),
+    ),
+)
+def test_a_transform_that_loses_landmarks_is_named(labelled, step, name):
+    import cv2
+
+    root = labelled()
+    picture = root / 'WIDER_train/images' / NAMES[0]
+    cv2.imwrite(str(picture), np.full((500, 600, 3), 90, np.uint8))
+
+    def load(with_keypoints):
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            return build(
+                root,
+                landmark_file=LABELS,
+                pipeline=[
+                    dict(type='polynl_mm.LoadImageFromFile'),
+                    dict(
+                        type='polynl_mm.LoadAnnotations',
+                        with_keypoints=with_keypoints,
+                    ),
+                    step,
+                ],
+            )[0]
+
+    with pytest.raises(ValueError, match=f'^{name}.* without landmarks'):
+        load(True)
+    assert type(load(False)['gt_bboxes']) is HorizontalBoxes
+
+
+@pytest.mark.parametrize('cfg', (dict(with_bbox=False), dict(box_type=None)))
+def test_landmarks_are_loaded_into_boxes_or_not_at_all(cfg):
+    cfg = dict(type='polynl_mm.LoadAnnotations', with_keypoints=True, **cfg)
+    with pytest.raises(ValueError, match='expected with_bbox=True and box_ty'):
+        TRANSFORMS.build(cfg)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from detectors import DETECTORS, landmarks_in, sample
+from mmdet.registry import MODELS as DET_MODELS
 from mmdet.structures.bbox import bbox_overlaps
+from mmengine.logging import MessageHub
 from oracles import match_loop, retinaface_losses_loop
 from torch.testing import assert_close
 
+from polynl_mm.faces.boxes import FaceBoxes
 from polynl_mm.faces.head import LandmarkCoder
 
 pytestmark = pytest.mark.usefixtures('quiet_and_quick')
@@ -463,6 +466,56 @@ def test_landmarks_missing(build, remove, shape):
     head = build('p3-p5').bbox_head
     samples = [sample([]), annotated(FACES)]
     assert losses_of(head, outputs(head, 2), samples)['loss_landmark'] > 0
+
+
+@pytest.mark.parametrize(
+    'augment, refused',
+    [
+        (dict(type='BatchSyncRandomResize', random_size_range=(96, 96)), True),
+        (dict(type='BatchResize', scale=(96, 96)), True),
+        (dict(type='BatchFixedSizePad', size=(160, 160)), False),
+    ],
+    ids=lambda value: value['type'] if isinstance(value, dict) else '',
+)
+def test_a_batch_resized_after_packing(build, augment, refused):
+    """Boxes move with it, landmarks do not: it is an error, by name."""
+    head = build('p3-p5').bbox_head
+    preprocessor = DET_MODELS.build(
+        dict(type='DetDataPreprocessor', batch_augments=[augment])
+    )
+    preprocessor.batch_augments[0]._input_size = (96, 96)
+    MessageHub.get_current_instance().update_info('iter', 0)
+    packed = annotated(FACES)
+    packed.set_metainfo(dict(landmark_shape=packed.img_shape))
+    data = preprocessor(
+        dict(inputs=[torch.zeros(3, 128, 128)], data_samples=[packed]),
+        training=True,
+    )
+
+    def run():
+        return losses_of(head, outputs(head, 1), data['data_samples'])
+
+    if refused:
+        message = (
+            r'event/name.jpg: resized from \(128, 128\) to \(96, 96\) '
+            'after packing.*BatchSyncRandomResize'
+        )
+        with pytest.raises(ValueError, match=message):
+            run()
+    else:
+        assert run()['loss_landmark'] > 0
+
+
+def test_boxes_packed_with_their_landmarks_inside_are_refused(build):
+    """As mmdet's own packing gives them."""
+    packed = annotated(FACES)
+    faces = packed.gt_instances
+    points = torch.cat([faces.keypoints, torch.ones(2, 5, 1)], -1)
+    faces.bboxes = FaceBoxes.join(faces.bboxes, points).tensor
+    head = build('p3-p5').bbox_head
+    message = r'bboxes must .* \(2, 4\), got \(2, 19\).*PackDetInputs'
+    with pytest.raises(ValueError, match=message):
+        losses_of(head, outputs(head, 1), [packed])
 
 
 def test_averages_are_over_all_processes(build, monkeypatch):

@@ -15,6 +15,7 @@ from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.registry import DefaultScope
 from mmengine.runner import set_random_seed
 
+from polynl_mm.faces.boxes import FaceBoxes
 from polynl_mm.registry import TRANSFORMS
 
 # Where the five points of a face are in its cell, in whole pixels.
@@ -25,6 +26,11 @@ BACK = 10
 
 def build(name, **kwargs):
     return TRANSFORMS.build(dict(type=f'polynl_mm.{name}', **kwargs))
+
+
+def points_of(results):
+    """The (n, 5, 3) landmarks, as an array."""
+    return results['gt_bboxes'].keypoints.numpy()
 
 
 def chain(*cfgs):
@@ -91,7 +97,7 @@ def scenes(draw, radius):
 
 flips = st.builds(
     dict,
-    type=st.just('polynl_mm.RandomFlip'),
+    type=st.just('RandomFlip'),
     prob=st.just(1.0),
     direction=st.sampled_from(['horizontal', 'vertical', 'diagonal']),
 )
@@ -121,7 +127,7 @@ inner_crops = crops.map(
 )
 filters = st.builds(
     dict,
-    type=st.just('polynl_mm.FilterAnnotations'),
+    type=st.just('FilterAnnotations'),
     min_gt_bbox_wh=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     keep_empty=st.just(False),
 )
@@ -141,7 +147,7 @@ def check_marks(results, names, flags, lost, tolerance):
     """
     image = results['img']
     faces = results['gt_bboxes_labels']
-    keypoints = results['gt_keypoints']
+    keypoints = points_of(results)
     boxes = results['gt_bboxes'].tensor.numpy()
     assert keypoints.shape == (len(faces), 5, 3)
     assert keypoints.dtype == np.float32
@@ -172,7 +178,7 @@ def check_packed(packed, results, ignored):
             for row, face in enumerate(results['gt_bboxes_labels'])
             if ignored[face] == hide
         ]
-        keypoints = results['gt_keypoints'][rows]
+        keypoints = points_of(results)[rows]
         assert part.keypoints.dtype == torch.float32
         np.testing.assert_array_equal(part.keypoints, keypoints[..., :2])
         np.testing.assert_array_equal(
@@ -230,11 +236,11 @@ def test_a_chain_does_move_landmarks():
     results = scene(2, 2, [0, 1, 0, 0], [[2] * 5] * 4, 0)
     cfgs = (
         dict(type='polynl_mm.RandomSquareCrop', crop_choice=[0.8]),
-        dict(type='polynl_mm.RandomFlip', prob=1.0),
+        dict(type='RandomFlip', prob=1.0),
         dict(type='polynl_mm.PackDetInputs'),
     )
     set_random_seed(0)
-    before = results['gt_keypoints'].copy()
+    before = points_of(results)
     packed = chain(*cfgs)(results)
     part = packed['data_samples'].gt_instances
     assert len(part.labels) >= 1
@@ -245,83 +251,155 @@ def test_a_chain_does_move_landmarks():
 
 def test_a_mirrored_face_by_hand():
     results = scene(1, 1, [0], [[2, 0, 1, 2, 1]], 0)
-    kept = results['gt_keypoints'].copy()
-    results = build('RandomFlip', prob=1.0)(results)
+    kept = points_of(results)
+    results = chain(dict(type='RandomFlip', prob=1.0))(results)
     width = CELL + 3
-    points = results['gt_keypoints'][0]
+    points = points_of(results)[0]
     assert points[:, 2].tolist() == [0, 2, 1, 1, 2]
     assert points[1].tolist() == [width - 12.5, 12.5, 2]
     assert points[3].tolist() == [width - 26.5, 28.5, 1]
     assert points[4].tolist() == [width - 13.5, 27.5, 2]
-    again = build('RandomFlip', prob=1.0)(results)['gt_keypoints']
-    np.testing.assert_array_equal(again, kept)
+    again = chain(dict(type='RandomFlip', prob=1.0))(results)
+    np.testing.assert_array_equal(points_of(again), kept)
 
 
 def test_a_vertical_flip_leaves_left_and_right():
     results = scene(1, 1, [0], [[2, 0, 1, 2, 1]], 0)
-    results = build('RandomFlip', prob=1.0, direction='vertical')(results)
-    points = results['gt_keypoints'][0]
+    results = chain(dict(type='RandomFlip', prob=1.0, direction='vertical'))(
+        results
+    )
+    points = points_of(results)[0]
     assert points[:, 2].tolist() == [2, 0, 1, 2, 1]
     assert points[0].tolist() == [12.5, CELL + 7 - 12.5, 2]
 
 
 def test_resize_clips_boxes_and_no_landmarks():
     results = scene(1, 1, [0], [[2] * 5], 0)
-    results['gt_keypoints'][0, 0, :2] = -5, 70
-    results['gt_bboxes'] = HorizontalBoxes([[-5, 3, 20, 70]])
+    points = results['gt_bboxes'].keypoints
+    points[0, 0, :2] = torch.tensor([-5, 70])
+    box = torch.tensor([[-5.0, 3, 20, 70]])
+    results['gt_bboxes'] = FaceBoxes.join(box, points)
     results = build('Resize', scale_factor=2.0)(results)
-    assert results['gt_keypoints'][0, 0].tolist() == [-10, 140, 2]
-    assert results['gt_keypoints'].dtype == np.float32
-    assert results['gt_bboxes'].tensor.tolist() == [[0, 6, 40, 94]]
+    assert points_of(results)[0, 0].tolist() == [-10, 140, 2]
+    assert points_of(results).dtype == np.float32
+    assert results['gt_bboxes'].tensor[:, :4].tolist() == [[0, 6, 40, 94]]
 
 
 @pytest.mark.parametrize(
-    'name, kwargs',
+    'cfg',
     (
-        ('Resize', dict(scale=(60, 30))),
-        ('RandomFlip', dict(prob=1.0)),
-        ('FilterAnnotations', dict(min_gt_bbox_wh=(25, 1))),
-        ('RandomSquareCrop', dict(crop_choice=[1.0])),
-        ('PhotoMetricDistortion', {}),
+        dict(type='polynl_mm.Resize', scale=(60, 30)),
+        dict(type='RandomFlip', prob=1.0),
+        dict(type='FilterAnnotations', min_gt_bbox_wh=(25, 1)),
+        dict(type='polynl_mm.RandomSquareCrop', crop_choice=[1.0]),
+        dict(type='polynl_mm.PhotoMetricDistortion'),
     ),
+    ids=lambda cfg: cfg['type'],
 )
-def test_without_landmarks_as_in_mmdet(name, kwargs):
-    """And what was handed in is not changed under somebody's hands."""
+def test_boxes_go_with_and_without_landmarks_the_same_way(cfg):
     results = scene(1, 2, [0, 0], [[2] * 5] * 2, 0)
-    keypoints = results.pop('gt_keypoints')
+    plain = copy.deepcopy(results)
+    plain['gt_bboxes'] = plain['gt_bboxes'].convert_to('hbox')
     set_random_seed(1)
-    plain = build(name, **kwargs)(copy.deepcopy(results))
-    shared = keypoints.copy()
+    plain = chain(cfg)(plain)
     set_random_seed(1)
-    with_landmarks = build(name, **kwargs)(
-        {**copy.deepcopy(results), 'gt_keypoints': shared}
-    )
+    results = chain(cfg)(results)
     if plain is None:
-        assert with_landmarks is None
+        assert results is None
         return
-    assert 'gt_keypoints' not in plain
-    np.testing.assert_array_equal(plain['img'], with_landmarks['img'])
+    np.testing.assert_array_equal(plain['img'], results['img'])
     np.testing.assert_array_equal(
-        plain['gt_bboxes'].tensor, with_landmarks['gt_bboxes'].tensor
+        plain['gt_bboxes'].tensor, results['gt_bboxes'].tensor[:, :4]
     )
-    np.testing.assert_array_equal(shared, keypoints)
+
+
+def moving(type, **kwargs):
+    return dict(type=type, **kwargs)
+
+
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        moving('Resize', scale_factor=1.7, keep_ratio=True),
+        moving(
+            'RandomChoiceResize',
+            scales=[(250, 190), (170, 300)],
+            resize_type='Resize',
+            keep_ratio=False,
+        ),
+        moving('FixShapeResize', width=260, height=230, keep_ratio=False),
+        moving('FixScaleResize', scale=(300, 220), keep_ratio=True),
+        moving('ResizeShortestEdge', scale=200, max_size=333),
+        moving('RandomFlip', prob=1.0, direction='horizontal'),
+        moving('RandomFlip', prob=1.0, direction='vertical'),
+        moving('RandomFlip', prob=1.0, direction='diagonal'),
+        moving('Expand', mean=(BACK,) * 3, prob=1.0),
+        moving('MinIoURandomCrop', min_ious=[0.1], min_crop_size=0.6),
+        moving('RandomCrop', crop_size=(90, 80)),
+        moving('RandomCenterCropPad', crop_size=(90, 80), ratios=(1.0,),
+               border=32, mean=[BACK] * 3, std=[1] * 3, to_rgb=False,
+               test_pad_mode=None),
+        moving('RandomAffine', scaling_ratio_range=(0.9, 1.4)),
+        moving('Rotate', prob=1.0, level=7),
+        moving('ShearX', prob=1.0, level=7),
+        moving('ShearY', prob=1.0, level=7),
+        moving('TranslateX', prob=1.0, min_mag=0.2, max_mag=0.2),
+        moving('TranslateY', prob=1.0, min_mag=0.2, max_mag=0.2),
+        moving('RandomShift', prob=1.0),
+        moving('Mosaic', img_scale=(120, 130)),
+        moving('CachedMosaic', img_scale=(120, 130)),
+        moving('MixUp', img_scale=(120, 130), flip_ratio=-1.0),
+        moving('CachedMixUp', img_scale=(120, 130), flip_ratio=-1.0),
+    ],
+    ids=lambda cfg: f'{cfg["type"]}-{cfg.get("direction", "")}'.strip('-'),
+)  # fmt: skip
+def test_landmarks_follow_the_transforms_of_mmdet(cfg):
+    """Each is on its mark, a patch of its colour in the picture."""
+    flags = [[2, 1, 2, 2, 0], [2, 2, 0, 1, 2], [1] * 5, [2] * 5]
+    made = scene(3, 3, [0, 1, 0, 0], flags, 3)
+    others = [copy.deepcopy(made) for _ in range(4)]
+    if cfg['type'] == 'RandomCenterCropPad':
+        made['img'] = made['img'].astype(np.float32)
+    names, contrast = [0, 1, 2, 3, 4], 1
+    if cfg.get('direction') in ('horizontal', 'diagonal'):
+        names = [1, 0, 2, 4, 3]
+    if 'MixUp' in cfg['type']:
+        # It mirrors the other picture and takes the mean of both.
+        made, others = scene(3, 3, [], [], 0), others[:1]
+        names, contrast = [1, 0, 2, 4, 3], 0.5
+    kept = changed = 0
+    for seed in range(4):
+        results = copy.deepcopy(made)
+        step = chain(cfg)
+        if 'Cached' in cfg['type']:
+            step.transforms[0].results_cache = copy.deepcopy(others)
+        else:
+            results['mix_results'] = copy.deepcopy(others)
+        set_random_seed(seed)
+        out = step(results)
+        changed += not np.array_equal(out['img'], made['img'])
+        out['img'] = (out['img'].astype(float) - BACK) / contrast + BACK
+        check_marks(out, names, flags, set(), tolerance=4)
+        kept += len(out['gt_bboxes'])
+    assert kept >= 4 and changed >= 2
 
 
 @pytest.mark.parametrize('with_flags', (True, False))
 def test_a_filtered_face_takes_its_landmarks_with_it(with_flags):
     results = scene(2, 2, [1, 0, 1, 0], [[2] * 5] * 4, 0)
-    keypoints = results['gt_keypoints'].copy()
+    keypoints = points_of(results)
     results['gt_bboxes'].tensor[[0, 2], 2] -= 20
     if not with_flags:
         results.pop('gt_ignore_flags')
-    results = build('FilterAnnotations', min_gt_bbox_wh=(5, 5))(results)
+    few = chain(dict(type='FilterAnnotations', min_gt_bbox_wh=(5, 5)))
+    results = few(results)
     assert results['gt_bboxes_labels'].tolist() == [1, 3]
-    np.testing.assert_array_equal(results['gt_keypoints'], keypoints[[1, 3]])
+    np.testing.assert_array_equal(points_of(results), keypoints[[1, 3]])
     if with_flags:
         assert results['gt_ignore_flags'].tolist() == [False, False]
     else:
         assert 'gt_ignore_flags' not in results
-    nothing = build('FilterAnnotations', min_gt_bbox_wh=(50, 50))
+    nothing = chain(dict(type='FilterAnnotations', min_gt_bbox_wh=(50, 50)))
     assert nothing(results) is None
 
 
@@ -336,8 +414,8 @@ def test_views_of_test_time_augmentation_carry_their_landmarks():
                     dict(type='polynl_mm.Resize', scale_factor=2.0),
                 ],
                 [
-                    dict(type='polynl_mm.RandomFlip', prob=0.0),
-                    dict(type='polynl_mm.RandomFlip', prob=1.0),
+                    dict(type='RandomFlip', prob=0.0),
+                    dict(type='RandomFlip', prob=1.0),
                 ],
                 [dict(type='polynl_mm.PackDetInputs')],
             ],
@@ -373,12 +451,12 @@ def test_random_resize_of_mmcv_takes_ours():
     )
     results = resize(results)
     assert results['img_shape'] == (94, 86)
-    assert results['gt_keypoints'][0, 2].tolist() == [41, 39, 2]
+    assert points_of(results)[0, 2].tolist() == [41, 39, 2]
 
 
 def test_landmarks_of_no_face():
     results = scene(1, 1, [], [], 0)
-    assert results['gt_keypoints'].shape == (0, 5, 3)
+    assert points_of(results).shape == (0, 5, 3)
     part = build('PackDetInputs')(results)['data_samples'].gt_instances
     assert part.keypoints.shape == (0, 5, 2)
     assert part.keypoints_visible.shape == (0, 5)
@@ -388,7 +466,7 @@ def test_landmarks_are_loaded_when_asked_for_and_there():
     face = dict(bbox=[0, 0, 9, 9], bbox_label=0, ignore_flag=0)
     results = dict(img_path='a/b.jpg', instances=[face])
     plain = build('LoadAnnotations')(dict(results))
-    assert 'gt_keypoints' not in plain
+    assert type(plain['gt_bboxes']) is HorizontalBoxes
     with pytest.raises(ValueError, match='a/b.jpg.*landmark_file'):
         build('LoadAnnotations', with_keypoints=True)(dict(results))
 

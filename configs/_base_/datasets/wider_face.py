@@ -17,7 +17,7 @@ train_pipeline = [
         bbox_clip_border=True,
     ),
     dict(type='polynl_mm.Resize', scale=image_size, keep_ratio=False),
-    dict(type='polynl_mm.RandomFlip', prob=0.5),
+    dict(type='RandomFlip', prob=0.5),
     dict(type='polynl_mm.PhotoMetricDistortion'),
     dict(type='polynl_mm.PackDetInputs'),
 ]
