@@ -512,6 +512,7 @@ def test_photograph_that_was_turned(here):
     cfg = Config.fromfile('seg.py')
     cfg.train_dataloader.dataset.img_suffix = '.jpg'
     label = np.zeros(mmcv.imread('data/seg/img/3.jpg').shape[:2], np.uint8)
+    label[0] = 1
     assert label.shape == (64, 48)
     cv2.imwrite('data/seg/ann/3.png', label)
     checks.check_data(cfg, 'train')
