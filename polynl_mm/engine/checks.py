@@ -19,6 +19,7 @@ from mmengine.runner import CheckpointLoader
 
 from . import safe_load  # noqa: F401  (checkpoints of mmengine are read)
 from .cli import LAUNCHERS, StartError, rank, say
+from .heads import check_heads
 from .hosts import HOSTS
 
 
@@ -49,7 +50,8 @@ def check_data(cfg: Config, *phases: str) -> None:
 
     Paths are joined as ``mmengine.dataset.BaseDataset`` joins them. Samples
     themselves are checked, too, where the host has such a check, see
-    :attr:`polynl_mm.engine.hosts.Host.check_dataset`.
+    :attr:`polynl_mm.engine.hosts.Host.check_dataset`, and a model to train is
+    compared with its data.
 
     Args:
         cfg (Config): The config.
@@ -87,6 +89,13 @@ def check_data(cfg: Config, *phases: str) -> None:
                     evaluator,
                 )
     host = HOSTS.get(cfg.get('default_scope'))
+    if 'train' in phases:
+        check_heads(cfg, leaf_datasets(cfg.get('train_dataloader') or {}))
+        if host and host.check_train:
+            try:
+                resolve_name(host.check_train)(cfg)
+            except ValueError as error:
+                raise StartError(f'config {cfg.filename}: {error}') from error
     if host and host.check_dataset:
         _check_samples(cfg, phases, resolve_name(host.check_dataset))
 

@@ -41,6 +41,8 @@ class Host:
             start, given the config of a data set, what tells the user a line,
             and the slice of the samples that is this process's to read.
             Raises ValueError at the first that is wrong.
+        check_train: 'module:name' of what looks at the config of a training.
+            Raises ValueError if it would learn something wrong.
         check_test_cfg: 'module:name' of what looks at ``model.test_cfg``.
             Raises ValueError if anything of ours in it is wrong.
         tile: Has pictures taken tile by tile, given the config, the configs
@@ -56,6 +58,7 @@ class Host:
     tta_defaults: Callable[[dict], dict] = lambda dataset: {}
     set_up: str | None = None
     check_dataset: str | None = None
+    check_train: str | None = None
     check_test_cfg: str | None = None
 
 
@@ -197,6 +200,7 @@ HOSTS = {
         score_thr='pred_score_thr',
         tta_defaults=_flip,
         set_up='mmdet.utils:setup_cache_size_limit_of_dynamo',
+        check_train='polynl_mm.faces.head:check_batch_augments',
     ),
     'mmseg': Host(
         tile=_refuse_tile,

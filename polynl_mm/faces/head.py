@@ -608,6 +608,29 @@ def _mean_count(mask: Tensor) -> Tensor:
     return reduce_mean(mask.sum().float()).clamp(min=1)
 
 
+def check_batch_augments(cfg: dict) -> None:
+    """Refuse to train landmarks on batches that are resized after packing.
+
+    Args:
+        cfg (dict): A config with ``model``.
+
+    Raises:
+        ValueError: An augmentation of batches moves boxes, or nobody knows
+            that it does not; says which.
+    """
+    model = cfg['model']
+    if not (model.get('bbox_head') or {}).get('loss_landmark'):
+        return
+    owner = model.get('data_preprocessor') or cfg.get('data_preprocessor')
+    for augment in (owner or {}).get('batch_augments') or ():
+        if augment['type'].rpartition('.')[2] != 'BatchFixedSizePad':
+            raise ValueError(
+                f'data_preprocessor.batch_augments has {augment["type"]}, '
+                'which moves no landmarks, expected BatchFixedSizePad or '
+                'none; resize in the pipeline'
+            )
+
+
 def _check_landmarks(faces: InstanceData, meta: dict) -> None:
     picture = meta.get('img_path', 'a picture')
     if not len(faces.bboxes):

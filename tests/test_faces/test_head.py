@@ -14,7 +14,7 @@ from oracles import match_loop, retinaface_losses_loop
 from torch.testing import assert_close
 
 from polynl_mm.faces.boxes import FaceBoxes
-from polynl_mm.faces.head import LandmarkCoder
+from polynl_mm.faces.head import LandmarkCoder, check_batch_augments
 
 pytestmark = pytest.mark.usefixtures('quiet_and_quick')
 
@@ -495,7 +495,16 @@ def test_a_batch_resized_after_packing(build, augment, refused):
     def run():
         return losses_of(head, outputs(head, 1), data['data_samples'])
 
+    cfg = dict(
+        model=dict(
+            bbox_head=dict(loss_landmark=dict(type='L1Loss')),
+            data_preprocessor=dict(batch_augments=[augment]),
+        )
+    )
     if refused:
+        with pytest.raises(ValueError, match=f'has {augment["type"]}, which'):
+            check_batch_augments(cfg)
+        cfg['model']['bbox_head'] = dict(loss_landmark=None)
         message = (
             r'event/name.jpg: resized from \(128, 128\) to \(96, 96\) '
             'after packing.*BatchSyncRandomResize'
@@ -504,6 +513,7 @@ def test_a_batch_resized_after_packing(build, augment, refused):
             run()
     else:
         assert run()['loss_landmark'] > 0
+    check_batch_augments(cfg)
 
 
 def test_boxes_packed_with_their_landmarks_inside_are_refused(build):

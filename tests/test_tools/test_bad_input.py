@@ -521,6 +521,33 @@ def test_photograph_that_was_turned(here):
         checks.check_data(cfg, 'train')
 
 
+@pytest.mark.parametrize(
+    'config, head, owner',
+    [
+        ('seg.py', 'decode_head', 'BaseSegDataset'),
+        ('seg.py', 'auxiliary_head.1', 'BaseSegDataset'),
+        ('det.py', 'bbox_head', 'CocoDataset'),
+        ('det.py', 'roi_head.mask_head', 'CocoDataset'),
+    ],
+)
+def test_a_head_with_fewer_classes_than_the_data(here, config, head, owner):
+    cfg = Config.fromfile(config)
+    # One that learns edges, and others that have the classes of the data.
+    edges = dict(type='STDCHead', num_classes=1)
+    cfg.model.auxiliary_head = [edges, dict(type='FCNHead', num_classes=2)]
+    cfg.model.roi_head = dict(mask_head=dict(num_classes=2))
+    cfg.model.rpn_head = dict(num_classes=1)
+    checks.check_data(cfg, 'train')
+    cfg.merge_from_dict({f'model.{head}.num_classes': 1})
+    with pytest.raises(cli.StartError) as caught:
+        checks.check_data(cfg, 'train')
+    assert str(caught.value) == (
+        f'config {cfg.filename}: model.{head}.num_classes=1, expected at '
+        f'least the 2 classes of {owner} in train_dataloader'
+    )
+    checks.check_data(cfg, 'val')
+
+
 CITYSCAPES = """
 _base_ = 'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'
 train_dataloader = dict(dataset=dict(data_root='{root}'))
