@@ -27,6 +27,11 @@ ATTRIBUTES = (
     'occlusion',
     'pose',
 )
+# Each is 0 to this.
+_MOST = (2, 1, 1, 1, 2, 1)
+_RANGES = ', '.join(
+    f'{name} 0 to {most}' for name, most in zip(ATTRIBUTES, _MOST)
+)
 _COLUMNS = 4 + len(ATTRIBUTES)
 _FACE_LINE = f'{_COLUMNS} integers, x y w h {" ".join(ATTRIBUTES)}'
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
@@ -151,6 +156,10 @@ def read_bbx_gt(
                 )
                 if at == len(lines) or is_picture(lines[at]):
                     break
+            elif any(
+                not 0 <= value <= most for value, most in zip(face[4:], _MOST)
+            ):
+                lines.broken(at, f'x y w h and {_RANGES}')
             else:
                 faces.append(face)
             at += 1

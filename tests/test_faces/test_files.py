@@ -53,6 +53,21 @@ def test_the_reader_gives_every_number(read):
 
 
 @pytest.mark.parametrize(
+    'column, value', ((4, 3), (5, 2), (6, 2), (7, 2), (8, 3), (9, 2), (9, -1))
+)
+def test_an_attribute_out_of_range_is_named(read, column, value):
+    words = '10 20 8 30 2 1 1 0 2 1'.split()
+    line = ' '.join(words)
+    words[column] = str(value)
+    broken = ' '.join(words)
+    with pytest.raises(ValueError) as caught:
+        read(OFFICIAL.replace(line, broken))
+    assert f"line 4: got '{broken}', expected x y w h and blur 0 to 2" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
     'change',
     (
         lambda text: text.replace('0 0 0 0 0 0 0 0 0 0 \n', ''),
