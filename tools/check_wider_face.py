@@ -8,9 +8,12 @@ label files as {split}/label*.txt or FOLDER/{split}/label*.txt, such as
 retinaface_gt_v1.1/train/label.txt.
 
 Prints counts per split, and everything that is broken: each line of an
-annotation or label file that is not as expected, with file and line, listed
-pictures that are not there and, with --decode, pictures that are truncated or
-no pictures. The exit code is 1 if anything is broken, else 0. Pictures that
+annotation or label file that is not as expected, with file and line,
+landmarks far from their faces, listed pictures that are not there and, with
+--decode, pictures that are truncated or no pictures, boxes outside their
+pictures, and boxes that fit as x1 y1 x2 y2 rather than as x y w h. The exit
+code is 1 if anything is broken, else 0. A few faces with landmarks or boxes
+elsewhere are told, and more than one in a hundred break a file. Pictures that
 are not listed are told, but nobody reads them: they break nothing. A split of
 which nothing is there is told, too; name the splits that you have, with
 --splits, and its absence is an error.
@@ -41,6 +44,8 @@ from polynl_mm.faces.files import (
 )
 
 SPLITS = ('train', 'val', 'test')
+# Share of faces at a strange place up to which they are slips of annotators.
+SLIPS = 0.01
 COLUMNS = (
     'split',
     'images',
@@ -58,20 +63,23 @@ def annotation_of(root: Path, split: str) -> Path:
     return root / 'wider_face_split' / f'wider_face_{name}.txt'
 
 
-def check_annotation(root: Path, split: str, broken: list) -> tuple:
+def check_annotation(
+    root: Path, split: str, broken: list, told: list
+) -> tuple:
     """Read annotation and label files of a split.
 
     Returns:
-        tuple: Names of its pictures, and a row of the table for each label
-        file, or one if there is none.
+        tuple: Faces (n, 10) by the name of the picture, and a row of the
+        table for each label file, or one if there is none.
     """
     file = annotation_of(root, split)
     if not file.is_file():
         broken.append(f'{file}: not there')
-        return [], []
+        return {}, []
     if split == 'test':
         names = read_file_list(file, broken)
-        return names, [(split, len(names), *'-----')]
+        none = np.zeros((0, 4 + len(ATTRIBUTES)), int)
+        return dict.fromkeys(names, none), [(split, len(names), *'-----')]
     images = read_bbx_gt(file, broken)
     faces = np.concatenate([np.zeros((0, 10), int), *images.values()])
     counts = (
@@ -87,13 +95,105 @@ def check_annotation(root: Path, split: str, broken: list) -> tuple:
             labels_file, broken, allow_degenerate=True
         )
         matched = match_landmarks(images, labels, file, labels_file, broken)
-        known = sum(
-            int((points[..., 2] > 0).any(1).sum())
-            for points in matched.values()
+        points = np.concatenate([np.zeros((0, 5, 3)), *matched.values()])
+        known = int((points[..., 2] > 0).any(1).sum())
+        tell(
+            labels_file,
+            f'of {known} faces with landmarks have one far outside their box',
+            far_landmarks(faces[:, :4], points),
+            known,
+            where(images, faces),
+            told,
+            broken,
         )
         name = labels_file.relative_to(root).as_posix()
         rows.append((split, *counts, f'{known} ({name})', empty))
-    return list(images), rows or [(split, *counts, '-', empty)]
+    return images, rows or [(split, *counts, '-', empty)]
+
+
+def where(images: dict, rows) -> list[str]:
+    """Say of which picture each row, one per face, is, and what stands there.
+
+    Args:
+        images (dict): Faces by the name of the picture.
+        rows (ndarray): All of them, in order.
+    """
+    names = [name for name, faces in images.items() for _ in faces]
+    return [f'{name} {row[:4]}' for name, row in zip(names, rows.tolist())]
+
+
+def tell(
+    file: Path,
+    what: str,
+    strange,
+    count: int,
+    places: list[str],
+    told: list,
+    broken: list,
+) -> None:
+    """Report strange faces: as told where they are few, else as broken.
+
+    Args:
+        file (Path): Where they stand.
+        what (str): What is strange about them.
+        strange (ndarray): Bool, for each face.
+        count (int): Of how many.
+        places (list[str]): Where each face is.
+        told, broken (list): Take the message.
+    """
+    number = int(strange.sum())
+    if number:
+        first = places[int(strange.argmax())]
+        (broken if number > SLIPS * count else told).append(
+            f'{file}: {number} {what}, first {first} (x y w h)'
+        )
+
+
+def far_landmarks(boxes, points):
+    """Whether faces have a landmark that is their size or more outside.
+
+    Shape: boxes (n, 4), x y w h; points (n, 5, 3); output (n,) bool.
+    """
+    low, size = boxes[:, None, :2], boxes[:, None, 2:]
+    xy, there = points[..., :2], points[..., 2] > 0
+    far = ((xy < low - size) | (xy > low + 2 * size)).any(2)
+    return (far & there).any(1)
+
+
+def check_boxes(
+    file: Path, images: dict, sizes: dict, told: list, broken: list
+) -> None:
+    """Compare boxes with the sizes (height, width) of their pictures."""
+    images = {name: images[name] for name in sizes if len(images[name])}
+    if not images:
+        return
+    rows = np.concatenate(list(images.values()))
+    ends = np.concatenate(
+        [np.tile(sizes[n][::-1], (len(f), 1)) for n, f in images.items()]
+    )
+    whole = (rows[:, 2:4] > 0).all(1)
+    low, second = rows[:, :2], rows[:, 2:4]
+
+    def fit(high) -> int:
+        # Annotators and rounding go a pixel too far.
+        inside = (low >= -1) & (low < high) & (high <= ends + 1)
+        return int((inside.all(1) & whole).sum())
+
+    tell(
+        file,
+        f'of {whole.sum()} boxes are wholly outside their picture',
+        whole & ((low >= ends) | (low + second <= 0)).any(1),
+        int(whole.sum()),
+        where(images, rows),
+        told,
+        broken,
+    )
+    if fit(second) > fit(low + second):
+        broken.append(
+            f'{file}: as x1 y1 x2 y2, {fit(second)} of {whole.sum()} boxes '
+            f'are inside their pictures, as x y w h {fit(low + second)}: '
+            'expected x y w h'
+        )
 
 
 def label_files(root: Path, split: str) -> list:
@@ -106,30 +206,37 @@ def check_pictures(folder: Path, names: list, decode: bool, broken: list):
     """Compare the pictures of a folder with a list of them.
 
     Returns:
-        list[str]: Those that are not listed.
+        tuple[list[str], dict]: Those that are not listed, and sizes, height
+        and width, of those that were decoded.
     """
     if not folder.is_dir():
         broken.append(f'{folder}: not there')
-        return []
+        return [], {}
     there = {
         file.relative_to(folder).as_posix()
         for file in folder.rglob('*')
         if file.is_file()
     }
     broken += [f'{folder / n}: not there' for n in names if n not in there]
+    sizes = {}
     if decode:
-        files = [folder / name for name in names if name in there]
-        broken += [error for error in map_progress(unreadable, files) if error]
-    return sorted(n for n in there.difference(names) if is_picture(n))
+        listed = [name for name in names if name in there]
+        files = [folder / name for name in listed]
+        for name, size in zip(listed, map_progress(size_of, files)):
+            if isinstance(size, str):
+                broken.append(size)
+            else:
+                sizes[name] = size
+    return sorted(n for n in there.difference(names) if is_picture(n)), sizes
 
 
-def unreadable(file: Path):
-    """What is wrong with a picture, or None."""
+def size_of(file: Path):
+    """Height and width of a picture, or what is wrong with it."""
     try:
-        decode_picture(file.read_bytes(), file, decoded)
+        image = decode_picture(file.read_bytes(), file, decoded)
     except (OSError, ValueError) as error:
         return str(error)
-    return None
+    return image.shape[:2]
 
 
 def decoded(content: bytes):
@@ -185,9 +292,12 @@ def main(argv=None) -> int:
         if not (args.splits or folder.exists() or file.exists()):
             told.append(f'{split}: nothing of it is there, not checked')
             continue
-        names, rows = check_annotation(args.root, split, broken)
+        images, rows = check_annotation(args.root, split, broken, told)
         table += rows
-        extra = check_pictures(folder, names, args.decode, broken)
+        extra, sizes = check_pictures(
+            folder, list(images), args.decode, broken
+        )
+        check_boxes(file, images, sizes, told, broken)
         told += [f'{folder / name}: not listed in {file}' for name in extra]
     if len(table) == 1 and not broken:
         broken.append(f'{args.root}: nothing of WIDER Face is there')

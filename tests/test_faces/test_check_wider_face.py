@@ -147,6 +147,54 @@ def test_pictures_are_read_if_told(check, root):
     assert 'truncated' in broken[0]
 
 
+def annotate(root, *boxes):
+    """Give the only picture of val faces, and the file that says so."""
+    file = root / 'wider_face_split/wider_face_val_bbx_gt.txt'
+    lines = [f'{box} 1 0 0 0 0 0 \n' for box in boxes]
+    file.write_text(f'0--A/0_A_3.jpg\n{len(boxes)}\n{"".join(lines)}')
+    return file
+
+
+@pytest.mark.parametrize('box', ('45 6 9 9', '5 40 9 9', '-9 6 9 9'))
+def test_boxes_outside_their_picture(check, root, box):
+    """Of 40 x 40 pixels. A slip in a hundred is told, more break the file."""
+    file = annotate(root, *['5 6 20 30'] * 99, box)
+    place = f'first 0--A/0_A_3.jpg [{box.replace(" ", ", ")}] (x y w h)'
+    assert not check()[1]
+    lines, broken = check('--decode')
+    said = f'{file}: 1 of 100 boxes are wholly outside their picture, {place}'
+    assert not broken and f'note: {said}' in lines
+    file = annotate(root, *['5 6 20 30'] * 98, box)
+    assert check('--decode')[1] == [f'broken: {said.replace("100", "99")}']
+    annotate(root, '-5 -6 20 30', '30 31 20 30', '5 6 20 0')
+    assert not check('--decode')[1]
+
+
+def test_boxes_by_their_corners(check, root):
+    file = annotate(root, '5 6 20 30', '25 20 39 38', '30 31 40 40')
+    assert not check()[1]
+    (broken,) = check('--decode')[1]
+    assert broken == (
+        f'broken: {file}: as x1 y1 x2 y2, 3 of 3 boxes are inside their '
+        'pictures, as x y w h 1: expected x y w h'
+    )
+
+
+def test_landmarks_far_from_their_face(check, root):
+    label = root / 'retinaface_gt_v1.1/train/label.txt'
+    label.write_text(LABELS.replace('8 9 0', '24 63 0', 1))
+    assert not check()[1]
+    label.write_text(LABELS.replace('8 9 0', '8 67 0', 1))
+    (broken,) = check()[1]
+    assert broken == (
+        f'broken: {label}: 1 of 1 faces with landmarks have one far outside '
+        'their box, first 0--A/0_A_1.jpg [5, 6, 20, 30] (x y w h)'
+    )
+    # What is absent is nowhere.
+    label.write_text(LABELS.replace('8 9 0', '-1 -1 -1', 1))
+    assert not check()[1]
+
+
 def test_what_is_not_there(check, tool, root, tmp_path, capsys):
     for file in root.glob('WIDER_test/images/*/*'):
         file.unlink()
