@@ -87,8 +87,11 @@ def pair(pred_dir: Path, gt_dir: Path) -> dict:
     return pairs
 
 
-def check(truth: Path, prediction: Path, known: set) -> None:
+def check(truth: Path, prediction: Path, known: set) -> set:
     """Check what the official script leaves to an index error.
+
+    Returns:
+        set: The ids in the prediction.
 
     Raises:
         ValueError: Another size, not one channel, or values that are no
@@ -102,11 +105,44 @@ def check(truth: Path, prediction: Path, known: set) -> None:
             f'one channel of 8 bits and {expected}, as in {truth}, were '
             'expected'
         )
-    strange = set(np.unique(np.asarray(image)).tolist()) - known
+    ids = set(np.unique(np.asarray(image)).tolist())
+    strange = ids - known
     if strange:
         raise ValueError(
             f'{prediction}: values {sorted(strange)} are no label ids of '
             'Cityscapes, 0 to 33 (train ids have to be converted first)'
+        )
+    return ids
+
+
+def check_ids(pred_dir: Path, ids: set, labels: list) -> None:
+    """Check that ids can be label ids, where train ids are as small.
+
+    A model that is trained on what is evaluated gives no other id, and train
+    ids, 0 to 18, name void classes for road, sidewalk, building and others.
+
+    Args:
+        pred_dir: Where they are, for the message.
+        ids: All that any prediction has.
+        labels: Those of the official script.
+
+    Raises:
+        ValueError: They are train ids.
+    """
+    evaluated = {label.id for label in labels if not label.ignoreInEval}
+    train = {label.trainId for label in labels if not label.ignoreInEval}
+    void = sorted(ids - evaluated)
+    if void and ids <= train:
+        raise ValueError(
+            f'{pred_dir}: the ids are {min(ids)} to {max(ids)}, and of them '
+            f'{void} are never evaluated: train ids, expected label ids (road '
+            'is 7, not 0)'
+        )
+    if void:
+        print(
+            f'eval_cityscapes.py: warning: {pred_dir} has pixels of the ids '
+            f'{void}, which are never evaluated: each counts as wrong',
+            file=sys.stderr,
         )
 
 
@@ -116,8 +152,10 @@ def main():
     module = official()
     pairs = pair(args.pred_dir, args.gt_dir)
     known = {label.id for label in module.labels if label.id >= 0}
+    ids = set()
     for truth, prediction in pairs.items():
-        check(truth, prediction, known)
+        ids |= check(truth, prediction, known)
+    check_ids(args.pred_dir, ids, module.labels)
     module.args.JSONOutput = False
     scores = module.evaluateImgLists(
         [str(file) for file in pairs.values()],

@@ -8,7 +8,8 @@ line 'left top width height score', in any order, scores of any range. GT_DIR
 is ground_truth/ of the official eval_tools.
 
 The last line on stdout is a JSON object with easy, medium and hard: fractions
-in [0, 1] with all their digits, null where a setting keeps no face.
+in [0, 1] with all their digits, null where a setting keeps no face. Boxes that
+are fractions of the picture, or meet faces only as x1 y1 x2 y2, are an error.
 """
 
 import argparse
@@ -26,8 +27,11 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
 
 from tqdm import tqdm
 
-from polynl_mm.faces.ap import average_precision, precision_recall
+from polynl_mm.faces.ap import average_precision, misread, precision_recall
 from polynl_mm.faces.files import load_wider_face_gt, read_predictions
+
+# AP that no detector stays below that has learnt anything.
+LOW = 0.05
 
 
 def parse_args():
@@ -63,6 +67,37 @@ def parse_args():
         help='draw the curves of precision over recall',
     )
     return parser.parse_args()
+
+
+def check_pixels(pred_dir, predictions):
+    """Refuse boxes that are fractions of the picture instead of pixels."""
+    most = max(
+        (abs(rows[:, :4]).max() for rows in predictions.values() if len(rows)),
+        default=math.inf,
+    )
+    # No face is a pixel wide in a picture of a pixel.
+    if most <= 1:
+        raise ValueError(
+            f'{pred_dir}: no left, top, width or height is above 1, expected '
+            'pixels of the original picture, not fractions of it'
+        )
+
+
+def check_layout(pred_dir, gt, predictions, ap):
+    """Say what a very low AP comes from, if it can be seen."""
+    if any(value >= LOW for value in ap.values()):
+        return
+    met, layout = misread(gt, predictions)
+    said = (
+        f'{pred_dir}: {met} of {len(gt.boxes)} faces are met by a detection '
+        '(IoU of at least 0.5)'
+    )
+    if layout:
+        raise ValueError(
+            f'{said}, and as {layout} many more: expected left top width '
+            'height'
+        )
+    print(f'eval_wider_face.py: warning: {said}', file=sys.stderr)
 
 
 def draw(curves, ap, file):
@@ -108,6 +143,7 @@ def main():
         args.missing_as_empty,
         partial(track, desc='reading'),
     )
+    check_pixels(args.pred_dir, predictions)
     counts = [len(rows) for rows in predictions.values()]
     print(
         f'{len(counts)} pictures, {sum(counts)} detections in '
@@ -118,6 +154,7 @@ def main():
         gt, predictions, track=partial(track, desc='matching')
     )
     ap = {name: average_precision(curve) for name, curve in curves.items()}
+    check_layout(args.pred_dir, gt, predictions, ap)
     result = json.dumps(
         {
             name: None if math.isnan(value) else value

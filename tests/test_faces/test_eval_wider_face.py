@@ -122,6 +122,47 @@ def refused(done):
     return line[len(prefix) :]
 
 
+@pytest.mark.parametrize(
+    'layout, change',
+    (
+        ('x1 y1 x2 y2', lambda x, y, w, h: (x, y, x + w, y + h)),
+        (
+            'the centre, width, height',
+            lambda x, y, w, h: (x + w / 2, y + h / 2, w, h),
+        ),
+    ),
+)
+def test_boxes_of_another_layout_are_refused(run, here, write, layout, change):
+    image = '0--A/x'
+    *box, score = PICTURES[image][2][0]
+    rows = [(*change(*box), score)]
+    write.rows(here / 'pred', {image: rows})
+    done = run('--json', 'ap.json')
+    (_, line) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, '')
+    assert line == (
+        'eval_wider_face.py: error: pred: 0 of 4 faces are met by a '
+        f'detection (IoU of at least 0.5), and as {layout} many more: '
+        'expected left top width height'
+    )
+    assert not (here / 'ap.json').exists()
+
+
+def test_fractions_of_the_picture_are_refused(run, here, write):
+    write.rows(here / 'pred', {'0--A/x': [(0.1, 0.2, 0.5, 1, 0.9)]})
+    assert refused(run()).startswith('pred: no left, top, width or height is')
+
+
+def test_detections_that_meet_hardly_a_face_are_told(run, here, write):
+    write.rows(here / 'pred', {'0--A/x': [(400, 0, 9, 9, 0.9)]})
+    done = run()
+    assert done.returncode == 0 and json.loads(done.stdout)['hard'] == 0
+    assert done.stderr.splitlines()[1:] == [
+        'eval_wider_face.py: warning: pred: 0 of 4 faces are met by a '
+        'detection (IoU of at least 0.5)'
+    ]
+
+
 def test_broken_line(run, here):
     (here / 'pred/0--A/x.txt').write_text('x\n1\n1 2 3 4\n')
     line = refused(run('--json', 'ap.json'))

@@ -19,6 +19,8 @@ from mmseg.evaluation import CityscapesMetric, IoUMetric
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / 'tools' / 'eval_cityscapes.py'
 CLASSES = CityscapesDataset.METAINFO['classes']
+# By train id.
+LABEL_IDS = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
 
 
 @pytest.fixture(scope='module')
@@ -105,6 +107,34 @@ def test_a_class_that_is_nowhere_is_null(city, saved, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result['mIoU'] == result['road'] == 1 and result['bus'] is None
+
+
+def test_train_ids_are_given_away_by_what_is_never_evaluated(
+    city, saved, tmp_path
+):
+    for file in saved[0].iterdir():
+        ids = np.asarray(Image.open(file))
+        train = np.searchsorted(LABEL_IDS, ids).astype(np.uint8)
+        Image.fromarray(train).save(tmp_path / file.name)
+    done = run(tmp_path, city / 'gtFine/val')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == (
+        f'eval_cityscapes.py: error: {tmp_path}: the ids are 0 to 18, and of '
+        'them [0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18] are never '
+        'evaluated: train ids, expected label ids (road is 7, not 0)\n'
+    )
+    # Some void among others may be meant.
+    ids = np.array(Image.open(file))
+    ids[:2] = 4
+    for other in saved[0].iterdir():
+        (tmp_path / other.name).write_bytes(other.read_bytes())
+    Image.fromarray(ids).save(tmp_path / file.name)
+    done = run(tmp_path, city / 'gtFine/val')
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])
+    assert done.stderr == (
+        f'eval_cityscapes.py: warning: {tmp_path} has pixels of the ids [4], '
+        'which are never evaluated: each counts as wrong\n'
+    )
 
 
 @pytest.mark.parametrize(
