@@ -322,6 +322,8 @@ def fold_kernel(
         j = start + tl.arange(0, BJ)
         inside = (i < channels)[:, None] & (j < channels)[None, :]
         gain = beta * tl.load(g + image * channels + j, j < channels, 0.0)
+        # The gate may be infinite.
+        gain = tl.where(beta == 0, 0.0, gain)
         one = tl.load(w3 + rows + j[None, :], inside, 0.0) * gain[None, :]
         one += tl.where(i[:, None] == j[None, :], alpha, 0.0)
         tl.store(to + j[None, :], one.to(matrix.dtype.element_ty), inside)

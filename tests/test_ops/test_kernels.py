@@ -4,7 +4,8 @@
 
 as tools/run_tests.sh does, in an environment that has Triton. There, too, in
 about two minutes: that errors in low precision are at most twice those of the
-formula, of tests/test_ops/test_precision.py -k twice.
+formula, and none at beta = 0, of tests/test_ops/test_precision.py -k 'twice or
+overflows'.
 """
 
 import json
@@ -256,6 +257,18 @@ def test_gradient_does_not_see_autocast(form, door, monkeypatch):
     # The projections know no features that could tell.
     behind_x = [on for name, on in seen if name.startswith(('fold', 'gate'))]
     assert behind_x and not any(behind_x)
+
+
+@both_forms
+@pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning')
+def test_identity_of_features_whose_gate_overflows(form, launched):
+    """At beta = 0, where 0 times infinity would be NaN."""
+    inputs = [t.detach().float() for t in make_inputs((2, 16, 3, 5), True)]
+    inputs[0] = inputs[0].sign() * 1e25
+    inputs[4].fill_(1)
+    inputs[5].fill_(0)
+    assert torch.equal(on_x(*inputs, form=form), inputs[0])
+    assert 'fold_kernel' in launched
 
 
 @both_forms
