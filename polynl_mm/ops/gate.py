@@ -194,12 +194,17 @@ def gate_adjoint(dg, w1s, s, m, w1, w2, b1, b2, n, centred, need):
 
 def gated(x: Tensor, g: Tensor, p: Params) -> Tensor:
     """The layer as the paper has it: alpha x + beta (W3 (g x) + b3)."""
+    # At beta = 0 it is the identity, and 0 times an overflow would be NaN.
+    is_idle = p.beta == 0
+    g = torch.where(is_idle, g.nan_to_num(0, 0, 0), g)
     gain = g.reshape(*g.shape, *(1,) * (x.dim() - 2))
     if x.dtype in HALF:
         # x * g may exceed float16 where the output does not: project it
-        # relative to the largest gate, which cancels out.
+        # relative to the largest gate, which cancels out. At beta = 0 with
+        # room for what W3 sums up.
         scale = gain.detach().abs().amax(1, keepdim=True)
         scale = scale.clamp_min(torch.finfo(g.dtype).tiny)
+        scale = scale * torch.where(is_idle, 256.0, 1.0)
         branch = convolution((x * (gain / scale)).to(x.dtype), p.w3) * scale
         if p.b3 is not None:
             branch = branch + p.b3.reshape(-1, *(1,) * (x.dim() - 2))
@@ -228,7 +233,8 @@ def fold(
         tuple: matrix (B, C, c), c = C without a convolution, and column
         (B, C) or None: Y = matrix H + column at every position.
     """
-    gain = beta * g
+    # As in gated. The gradient takes g as it is: of beta it may be infinite.
+    gain = torch.where(beta == 0, beta, beta * g)
     column = None if b3 is None else (beta * b3).expand_as(g)
     if a is None:
         return add_to_diagonal(w3 * gain.unsqueeze(1), alpha), column

@@ -115,6 +115,37 @@ def everything(y, inputs, dy):
     return [t.double() for t in (y, *gradients(y, inputs, dy).values())]
 
 
+@pytest.mark.parametrize(
+    'dtype, size',
+    [
+        (torch.float16, 15e3),
+        (torch.float16, 6e4),
+        (torch.bfloat16, 1e25),
+        (torch.float32, 1e25),
+    ],
+    ids=str,
+)
+@both_forms
+@each_door
+def test_identity_of_features_whose_gate_overflows(
+    door, form, dtype, size, device
+):
+    """At beta = 0, where 0 times infinity would be NaN."""
+    low = [t.detach().to(dtype) for t in inputs_of(door)]
+    low[-5].fill_(1)
+    low[-4].fill_(0)
+    low[0] = low[0].sign() * size
+    want, finest = low[0], 0
+    if door == 'behind':
+        low[1][:], finest = torch.eye(24, 16), torch.finfo(dtype).eps
+        want = nn.functional.pad(want, (0, 0, 0, 0, 0, 8))
+        want = want + low[2][:, None, None]
+    for requires_grad in (False, True):
+        inputs = [t.clone().requires_grad_(requires_grad) for t in low]
+        y = DOORS[door](*inputs, form=form)
+        torch.testing.assert_close(y, want, rtol=finest, atol=finest)
+
+
 def test_product():
     one, batch = torch.randn(3, 4), torch.randn(2, 4, 5)
     for a, b in ((one, batch), (torch.randn(2, 3, 4), batch), (one, batch[0])):
