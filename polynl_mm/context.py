@@ -34,7 +34,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain, product
@@ -50,6 +50,7 @@ from torch.utils._pytree import tree_leaves
 
 from .layers import InContext
 from .ops.precision import autocast_dtype, is_autocast_on
+from .padding import Pictures, pictures_of
 
 __all__ = [
     'Crops',
@@ -85,8 +86,7 @@ class Window:
     @property
     def area(self) -> float:
         """Of the core, in pixels of the image."""
-        x1, y1, x2, y2 = self.core
-        return (x2 - x1) * (y2 - y1)
+        return _area(self.core)
 
     def weights(self, x: Tensor) -> Tensor | None:
         """What each position of a feature map of the window counts.
@@ -116,9 +116,22 @@ class Window:
         ]
         return (axes[0][:, None] * axes[1]).expand(1, *x.shape[2:])
 
+    def padded(self, pictures: Pictures) -> Window:
+        """Have the box reach over what a window was padded by."""
+        x1, y1, x2, y2 = self.box
+        height, width = map(max, zip(*pictures.sizes))
+        right = x1 + pictures.shape[1] * (x2 - x1) / width
+        bottom = y1 + pictures.shape[0] * (y2 - y1) / height
+        return replace(self, box=(x1, y1, right, bottom))
+
     def __str__(self) -> str:
         """Give the box, as it is written in messages."""
         return 'x {0}..{2}, y {1}..{3}'.format(*self.box)
+
+
+def _area(box):
+    x1, y1, x2, y2 = box
+    return (x2 - x1) * (y2 - y1)
 
 
 def _shares(n, ends, core, device):
@@ -342,19 +355,40 @@ class _Around:
 
     def __call__(self, layer: nn.Module, x: Tensor):
         contexts = self._of_this_thread(layer)
+        # mmcv's block is what it is outside: it sees padding.
+        pictures = pictures_of(layer) if isinstance(layer, InContext) else None
         if not contexts:
-            return None, None
+            return None, pictures and pictures.weights(x)
         *outer, innermost = [c for c in contexts if c.is_of_parts] or [None]
+        part = innermost and innermost.part
+        is_outside = pictures and part and pictures is innermost.outside
         for context in outer:
-            if context.weights(x) is not None:
+            if is_outside or context.part.weights(x) is not None:
                 raise RuntimeError(
                     f'{context.layers[layer]!r} is in a '
                     f'{type(innermost).__name__} within a '
-                    f'{type(context).__name__} whose parts overlap: only '
-                    'those of the innermost may'
+                    f'{type(context).__name__} '
+                    + (
+                        'of padded pictures: parts of parts must have none'
+                        if is_outside
+                        else 'whose parts overlap: only those of the '
+                        'innermost may'
+                    )
                 )
-        weights = innermost and innermost.weights(x)
-        return partial(_through, contexts, layer), weights
+        if is_outside:
+            pictures = pictures.within(part.box)
+        elif pictures and part:
+            part = part.padded(pictures)
+        weights = part and part.weights(x)
+        own = pictures and pictures.weights(x)
+        pool = partial(_through, contexts, layer)
+        if own is not None:
+            weights = own if weights is None else own * weights
+            # What is left of an image, of which there may be nothing.
+            count = weights.flatten(1).double().mean(1, keepdim=True)
+            count = count * (_area(part.box) if part else 1)
+            pool = partial(pool, count=count)
+        return pool, weights
 
     def __deepcopy__(self, memo):
         # The copy of a layer is in no context, and is to say so.
@@ -417,11 +451,16 @@ class _Context:
 
     Attributes:
         is_of_parts: Whether its calls are given parts of an image.
+        part: The part that a call is given, of those.
+        outside: Pictures that were called for when its parts were begun,
+            which they are parts of.
         layers: Module -> path of what takes part, None while none does.
         was_called: Whether any of them was called.
     """
 
     is_of_parts = False
+    part: Window
+    outside: Pictures | None = None
     layers: dict[nn.Module, str] | None = None
     was_called = False
 
@@ -440,9 +479,6 @@ class _Context:
                 'another thread?'
             )
 
-    def weights(self, x: Tensor) -> Tensor | None:
-        """Weights of the positions of ``x``, None where all count alike."""
-
     def pool(
         self,
         layer: nn.Module,
@@ -456,7 +492,7 @@ class _Context:
             layer: Whose.
             value (Tensor): (B, C), that of this call.
             count (Tensor, optional): (B, 1) of float64, what it counts; None
-                where that is its area.
+                where that is the area of its part.
             then: Takes the mean and its count through the contexts around.
         """
         raise NotImplementedError
@@ -546,6 +582,7 @@ class Windows(_Context):
         for flight in flights[:1]:
             flight.is_measured = self.budget is not None
         self._means, self.away, self.was_called = [], {}, False
+        self.outside = pictures_of()
         try:
             while not all(flight.ended for flight in flights):
                 self._advance(flights)
@@ -581,9 +618,10 @@ class Windows(_Context):
             # Once for all windows, as contexts around count their calls.
             self._means.append(stops[0].then(*_mean(stops, areas)))
 
-    def weights(self, x: Tensor) -> Tensor | None:
-        """Give those of the window that is being computed."""
-        return self._current().window.weights(x)
+    @property
+    def part(self) -> Window:
+        """The window that is being computed."""
+        return self._current().window
 
     def pool(self, layer, value, count, then):
         """Give the mean over all windows, once all have come so far."""
@@ -641,9 +679,10 @@ def _text(stop):
 
 def _mean(stops, areas):
     """Mean of what has come, and what it counts."""
-    counts = areas
-    if stops[0].count is not None:
-        counts = [stop.count for stop in stops]
+    counts = [
+        area if stop.count is None else stop.count
+        for stop, area in zip(stops, areas)
+    ]
     total = sum(counts)
     # In double precision, so that their order does not matter.
     mean = sum(
@@ -651,7 +690,7 @@ def _mean(stops, areas):
         for stop, count in zip(stops, counts)
     )
     return mean.to(stops[0].value.dtype), (
-        None if stops[0].count is None else total
+        total if isinstance(total, Tensor) else None
     )
 
 
@@ -773,7 +812,8 @@ class _Flight:
 
     def _run_and_abandon(self):
         try:
-            self._run()
+            # What a call has begun, and is not let to end, is forgotten.
+            copy_context().run(self._run)
         except _Enough:
             pass
         except Exception as error:
@@ -927,9 +967,9 @@ def _storage(weak: StorageWeakRef) -> torch.UntypedStorage | None:
 class Processes(_Context):
     """Parts of one image, each in a process of its own.
 
-    Each layer adds up C numbers over the processes in forward, and C in
-    backward; nothing else is sent. All processes must call the same layers in
-    the same order. Gradients are those of the sum of the losses of all
+    Each layer adds up C + 1 numbers over the processes in forward, the last of
+    them what its part counts, and as many in backward; nothing else is sent.
+    All processes must call the same layers in the same order. Gradients are those of the sum of the losses of all
     processes: summed over them, or averaged as DDP does, those of the
     parameters are exactly those of the whole image, but for what convolutions
     see at borders.
@@ -962,23 +1002,21 @@ class Processes(_Context):
         )
         dist.all_reduce(area, group=self.group)
         self.share = self.part.area / area.item()
+        self.outside = pictures_of()
 
     def leave(self) -> None:
         """Check."""
         self._check_called()
 
-    def weights(self, x: Tensor) -> Tensor | None:
-        """Give those of the part."""
-        return self.part.weights(x)
-
     def pool(self, layer, value, count, then):
         """Give the mean over all processes."""
-        if count is None:
-            return then(_Summed.apply(value * self.share, self.group))
+        is_area = count is None
+        if is_area:  # of another process it may be something else
+            count = value.new_full((len(value), 1), self.part.area).double()
         sums = torch.cat([value.double() * count, count], 1)
         sums = _Summed.apply(sums, self.group)
         value = (sums[:, :-1] / sums[:, -1:]).to(value.dtype)
-        return then(value, sums[:, -1:])
+        return then(value, None if is_area else sums[:, -1:])
 
 
 class _Summed(torch.autograd.Function):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .registry import MODELS
+from .samples import tell_layers
 
 __all__ = ['Insert', 'insert_blocks']
 
@@ -137,6 +138,7 @@ def insert_blocks(model: nn.Module, blocks: list[dict]) -> nn.Module:
     for module, block, hook in built:
         module.add_module(hook.name, block.train(module.training))
         module.register_forward_hook(hook, with_kwargs=True)
+    tell_layers(model)
     _warn_of_frozen(model, [hook for *_, hook in built])
     model.init_weights = partial(_init_weights, model)
     return model

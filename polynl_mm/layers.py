@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .ops import FORMS, Conv, Params, poly_nl, poly_nl_behind, project
 from .ops.choice import BEHIND, ON_X, choose_for
 from .ops.precision import autocast_dtype, no_autocast
+from .padding import pictures_of
 
 __all__ = [
     'Around',
@@ -59,11 +60,14 @@ Around = Callable[
 class InContext:
     """What a layer and its fused form have in common: they have a gate.
 
+    The mean of the gate is taken over the positions of a picture, and not
+    over those by which it was padded, see :mod:`polynl_mm.padding`.
+
     Attributes:
         around (callable, optional): What lies around the positions of a call:
             given the layer and its input, returns ``pool`` and ``weights`` of
-            :func:`polynl_mm.ops.poly_nl`, or None for either. It is what
-            :func:`polynl_mm.shared_context` sets.
+            :func:`polynl_mm.ops.poly_nl`, or None for either; padding is then
+            its concern. It is what :func:`polynl_mm.shared_context` sets.
     """
 
     around: Around | None = None
@@ -72,7 +76,8 @@ class InContext:
         """Arguments of the operation."""
         around = self.around  # another thread may be about to take it away
         if around is None:
-            return {}
+            pictures = pictures_of(self)
+            return {} if not pictures else dict(weights=pictures.weights(x))
         pool, weights = around(self, x)
         return dict(pool=pool, weights=weights)
 

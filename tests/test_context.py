@@ -805,9 +805,8 @@ def process(rank, count, file):
     assert over.share == pytest.approx(1 / count)
     gots = torch.autograd.grad(core.square().sum(), params)
     dist.all_reduce = all_reduce
-    # The area once; C numbers a layer and image, C + 1 of a ContextBlock,
-    # and the same in backward.
-    layers = [2 * 8, 2 * 6, 2 * (2 + 1)]
+    # The area once; C + 1 numbers a layer and image, and as many in backward.
+    layers = [2 * (8 + 1), 2 * (6 + 1), 2 * (2 + 1)]
     assert sent == [1, *layers, *reversed(layers)]
     for got in gots:
         dist.all_reduce(got)

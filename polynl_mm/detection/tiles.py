@@ -32,7 +32,9 @@ from torch import Tensor
 
 from polynl_mm.context import Window, Windows, grid, shared_context
 from polynl_mm.layers import InContext
+from polynl_mm.padding import pictures_in
 from polynl_mm.registry import MODELS
+from polynl_mm.samples import pictures_of_samples
 
 
 @MODELS.register_module()
@@ -238,9 +240,9 @@ class _Tiled:
                 ),
             )
         )
-        (own,) = super().predict(
-            image[None, :, y1:y2, x1:x2], [own], rescale=rescale
-        )
+        tile = image[None, :, y1:y2, x1:x2]
+        with pictures_in(pictures_of_samples(tile, [own])):
+            (own,) = super().predict(tile, [own], rescale=rescale)
         if own.keys() != ['pred_instances']:
             raise ValueError(
                 f'{type(self).__name__} gives {own.keys()}: only '

@@ -1,0 +1,188 @@
+"""Which positions of a feature map are a picture's own.
+
+Hosts pad the pictures of a batch on the right and at the bottom, to one size.
+That padding is no part of a picture, and its layers must not have it in their
+mean: what a model says of a picture would depend on what else is in the batch.
+A layer is given a tensor only. So the sizes are left here for the time of a
+call of the model, by whatever knows them (:mod:`polynl_mm.samples` does, for
+models of mmengine).
+
+Padding still reaches the features beside it through the convolutions of the
+host, as in any convolutional network.
+
+Only torch is needed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .ops.precision import is_recorded
+
+__all__ = [
+    'Pictures',
+    'begin_call',
+    'end_call',
+    'pictures_in',
+    'pictures_of',
+    'warn_of_padding',
+]
+
+# Of calls in progress in this thread, the innermost last: whose, and for what.
+_calls: ContextVar[tuple[tuple[object, Pictures | None], ...]] = ContextVar(
+    'calls', default=()
+)
+# What each layer was last called for: checkpointed activations are computed
+# again in backward, when the call is over.
+_last: WeakKeyDictionary[nn.Module, Pictures | None] = WeakKeyDictionary()
+
+
+class Pictures:
+    """The sizes of pictures that were brought to one size by padding.
+
+    Args:
+        shape: Height and width of what the model is given.
+        sizes: Those of each picture in it, at its top left.
+
+    Attributes:
+        were_seen: Whether a layer has asked for its weights.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], sizes: Sequence[tuple[int, int]]
+    ) -> None:
+        """Take the arguments; see the class."""
+        self.shape, self.sizes = tuple(shape), tuple(map(tuple, sizes))
+        self.were_seen = False
+        self._weights = {}
+
+    def within(self, box: tuple[int, int, int, int]) -> Pictures:
+        """What of the pictures is in a part x1, y1, x2, y2 of them all."""
+        x1, y1, x2, y2 = box
+        shape = (y2 - y1, x2 - x1)
+        return Pictures(
+            shape,
+            [
+                (min(max(h - y1, 0), shape[0]), min(max(w - x1, 0), shape[1]))
+                for h, w in self.sizes
+            ],
+        )
+
+    def weights(self, x: Tensor) -> Tensor | None:
+        """What the positions of a feature map count: 1 each, 0 in padding.
+
+        A cell is a picture's own if it begins in it: of a stride s they are
+        ceil(size / s).
+
+        Args:
+            x (Tensor): (B, C, ..., h, w), B the number of pictures.
+
+        Returns:
+            Tensor: (B, ..., h, w) of bool; None where all count, and for
+            regions (RoIs), which are not as many as there are pictures.
+            With a warning for other maps whose positions can not be told:
+            of one axis, or of another shape than the pictures'.
+        """
+        self.were_seen = True
+        if len(x) != len(self.sizes):
+            return None
+        key = x.shape[2:], x.device
+        if key not in self._weights:
+            self._weights[key] = self._make(x)
+        return self._weights[key]
+
+    def _make(self, x):
+        stride = _stride(self.shape, x.shape[2:])
+        if stride is None:
+            warn_of_padding('a layer is given no map of whole pictures')
+            return None
+        own = [[-(-n // stride) for n in size] for size in self.sizes]
+        rows, columns = torch.tensor(own).unsqueeze(2).unbind(1)
+        height, width = x.shape[-2:]
+        own = (torch.arange(height) < rows).unsqueeze(2) & (
+            torch.arange(width) < columns
+        ).unsqueeze(1)
+        if own.all():
+            return None
+        own = own.reshape(len(x), *(1,) * (x.dim() - 4), height, width)
+        # Not waiting for what the device is at.
+        own = own.to(x.device, non_blocking=True)
+        return own.expand(len(x), *x.shape[2:])
+
+
+def _stride(shape, axes) -> int | None:
+    """Pixels that a cell of a map of the whole shape is wide and high."""
+    if len(axes) < 2:
+        return None
+    axes = axes[-2:]
+    # The least that it can be. Strides are powers of two, but for patches of
+    # another size, which pictures are padded to.
+    least = max(-(-n // cells) for n, cells in zip(shape, axes))
+    stride = 1 << (least - 1).bit_length()
+    if all(-(-n // stride) == cells for n, cells in zip(shape, axes)):
+        return stride
+    return least if tuple(shape) == tuple(least * n for n in axes) else None
+
+
+def begin_call(owner: object, pictures: Pictures | None) -> None:
+    """Let the layers that are called from now on know of the pictures.
+
+    Args:
+        owner: Whose call it is.
+        pictures: None where there is no padding.
+    """
+    _calls.set((*_calls.get(), (owner, pictures)))
+
+
+def end_call(owner: object) -> None:
+    """Undo it, and whatever was begun since and never ended."""
+    calls = _calls.get()
+    owners = [each for each, _ in calls]
+    if owner in owners:
+        _calls.set(calls[: owners.index(owner)])
+
+
+@contextmanager
+def pictures_in(pictures: Pictures | None) -> Iterator[None]:
+    """Both, around what runs within."""
+    owner = object()
+    begin_call(owner, pictures)
+    try:
+        yield
+    finally:
+        end_call(owner)
+
+
+def pictures_of(layer: nn.Module | None = None) -> Pictures | None:
+    """Those of the call of the model in progress, None if there are none.
+
+    In a program (traced, exported, compiled) there are none.
+
+    Args:
+        layer: Who asks; in backward it is given what it was called for last.
+    """
+    if is_recorded():
+        return None
+    if torch._C._current_graph_task_id() != -1:
+        return _last.get(layer)
+    _, pictures = _calls.get()[-1] if _calls.get() else (None, None)
+    if layer is not None:
+        _last[layer] = pictures
+    return pictures
+
+
+def warn_of_padding(why: str) -> None:
+    """Say that padding counts, and what can be done."""
+    warnings.warn(
+        f'Poly-NL: {why}, so that the padding of pictures of different sizes '
+        'enters its mean, and results depend on what else is in a batch: take '
+        'batch_size=1, or pictures of one size',
+        stacklevel=2,
+    )
