@@ -969,10 +969,10 @@ class Processes(_Context):
 
     Each layer adds up C + 1 numbers over the processes in forward, the last of
     them what its part counts, and as many in backward; nothing else is sent.
-    All processes must call the same layers in the same order. Gradients are those of the sum of the losses of all
-    processes: summed over them, or averaged as DDP does, those of the
-    parameters are exactly those of the whole image, but for what convolutions
-    see at borders.
+    All processes must call the same layers in the same order. Gradients are
+    those of the sum of the losses of all processes: summed over them, or
+    averaged as DDP does, those of the parameters are exactly those of the
+    whole image, but for what convolutions see at borders.
 
     Args:
         part (Window): Box and core of this process's part.

@@ -22,7 +22,14 @@ from polynl_mm import (
     padding,
     shared_context,
 )
-from polynl_mm.context import Crops, Frames, Window, Windows, grid
+from polynl_mm.context import (
+    Crops,
+    Frames,
+    Window,
+    WindowError,
+    Windows,
+    grid,
+)
 from polynl_mm.padding import Pictures, pictures_in, pictures_of
 from polynl_mm.samples import pictures_of_samples
 
@@ -54,7 +61,7 @@ class Model(BaseModel):
         else:
             y = checkpoint(self.backbone, inputs, use_reentrant=self.with_cp)
         if mode == 'fail':
-            raise KeyboardInterrupt if data_samples else ValueError
+            raise inputs.error
         return dict(loss=y.square().sum()) if mode == 'loss' else y
 
 
@@ -144,6 +151,7 @@ def test_models_are_told_wherever_layers_come_from():
     late.backbone = part
     insert_blocks(deep, [dict(after='backbone.1', cfg=block)])
     for model in (late, deep, Model()):
+        assert len(model._forward_pre_hooks) == 1
         model.neck = PolyNL2d(6)
         assert len(model._forward_pre_hooks) == 1
         assert len(model._forward_hooks) == 1
@@ -170,9 +178,14 @@ def test_pictures_of_one_size_cost_nothing(monkeypatch):
 
 def test_nothing_is_left_of_a_call():
     model, (x, samples) = Model(), batch()
-    for error, given in ((ValueError, None), (KeyboardInterrupt, samples)):
-        with pytest.raises(error):
-            model(x, given, 'fail')
+    x.error = ValueError
+    with pytest.raises(ValueError):
+        model(x, samples, 'fail')
+    assert pictures_of() is None
+    # Of this no hook is told, but at the end of the next call.
+    x.error = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        model(x, samples, 'fail')
     model(x, samples)
     assert pictures_of() is None
     with pictures_in(Pictures((24, 28), SIZES)):
@@ -290,6 +303,10 @@ def test_windows_that_are_padded_each(budget):
     with torch.no_grad(), shared_context(model, Windows(budget)) as over:
         over(step, grid((24, 28), (12, 12), (8, 8)))
     assert_near(y, want, 1e-12)
+    window = Window((0, 0, 12, 12), (0, 0, 28, 24))
+    with torch.no_grad(), shared_context(model, Windows(budget)) as over:
+        with pytest.raises(WindowError):  # the second's box is none
+            over(step, [window, Window((0, 0, 99, 9), (0, 0, 0, 0))])
     assert pictures_of() is None
 
 
