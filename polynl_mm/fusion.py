@@ -432,6 +432,8 @@ class _Modules:
             raise _Left(f'{type(layer).__name__} has a forward of its own')
         if layer.norm is not None:
             raise _Left('its branch is normalised')
+        if layer.calls_convolutions:
+            raise _Left('its convolutions have hooks, or are of other classes')
         _check_conv(conv.get())
         if norm:
             _check_norm(norm.get())

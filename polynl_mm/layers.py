@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .ops import FORMS, Conv, Params, poly_nl, poly_nl_behind, project
+from .ops import (
+    FORMS,
+    Conv,
+    Params,
+    poly_nl,
+    poly_nl_behind,
+    poly_nl_calling,
+    project,
+)
 from .ops.choice import BEHIND, ON_X, choose_for
 from .ops.precision import autocast_dtype, no_autocast
 from .padding import pictures_of
@@ -117,7 +125,10 @@ class PolyNL(InContext, nn.Module):
             warns, because hosts freeze the statistics (``norm_eval=True``).
         form (str): ``'auto'``, ``'direct'`` or ``'gram'``, see
             :func:`polynl_mm.ops.poly_nl`. Parameters, checkpoints and results
-            are the same in each.
+            are the same in each. Only the weights of the convolutions are
+            looked at; those that have become more than their weights (hooks,
+            as of pruning or an observer; another class, as an adapter) are
+            called instead, whatever the form.
 
     Attributes:
         around (callable, optional): See :class:`InContext`.
@@ -171,6 +182,7 @@ class PolyNL(InContext, nn.Module):
         self.beta_init = beta_init
         self.zero_init_w3 = zero_init_w3
         self.form = form
+        self.out_channels = in_channels
         self.w1 = self._conv(in_channels, in_channels, 1, bias=bias)
         self.w2 = self._conv(in_channels, in_channels, 1, bias=bias)
         self.w3 = self._conv(in_channels, in_channels, 1, bias=bias)
@@ -220,7 +232,20 @@ class PolyNL(InContext, nn.Module):
         """Channels of what :meth:`forward` takes."""
         if self.source is not None:
             return self.source.in_channels
-        return self.w1.in_channels
+        return self.out_channels
+
+    @property
+    def calls_convolutions(self) -> bool:
+        """Whether what they compute is not in their weights alone."""
+        return any(
+            type(conv).forward is not self._conv.forward
+            or 'forward' in vars(conv)
+            or conv._forward_pre_hooks
+            or conv._forward_hooks
+            or conv._backward_pre_hooks
+            or conv._backward_hooks
+            for conv in (self.w1, self.w2, self.w3)
+        )
 
     @property
     def params(self) -> Params:
@@ -249,8 +274,11 @@ class PolyNL(InContext, nn.Module):
                 'the host announced another channel count for this position '
                 "than it delivers; choose another, such as 'after_conv3'"
             )
-        if self.source is not None:
-            conv, out = self.source.as_conv(), self.w1.in_channels
+        calls = self.calls_convolutions
+        if self.source is not None and calls:
+            x = self.source(x)
+        elif self.source is not None:
+            conv, out = self.source.as_conv(), self.out_channels
             forms = [f for f in BEHIND + ON_X if self.form in ('auto', f.name)]
             form = choose_for(x, forms, x.shape[1], out, backward=True)
             if conv is not None and form.behind:
@@ -259,6 +287,8 @@ class PolyNL(InContext, nn.Module):
                 return poly_nl_behind(x, conv, p, form.name, **around)
             x = self.source(x)
         around = self._around(x)
+        if calls:
+            return self._by_calls(x, around)
         if self.norm is None:
             return poly_nl(x, self.params, self.form, **around)
         # The branch is cubic in x: until it is normalised, it may exceed what
@@ -270,9 +300,22 @@ class PolyNL(InContext, nn.Module):
                 *(t.to(dtype) if isinstance(t, Tensor) else t for t in p)
             )
             branch = poly_nl(x.to(dtype), p, self.form, **around)
-            like = next(self.norm.parameters(), branch)
-            branch = self.norm(branch.to(like.dtype))
-            y = self.alpha * x + self.beta * branch
+            return self._normalised(x, branch)
+
+    def _by_calls(self, x: Tensor, around: dict) -> Tensor:
+        convs = (self.w1, self.w2, self.w3)
+        if self.norm is None:
+            scalars = (self.alpha, self.beta)
+            return poly_nl_calling(x, convs, *scalars, **around)
+        scalars = (torch.zeros_like(self.alpha), torch.ones_like(self.beta))
+        branch = poly_nl_calling(x, convs, *scalars, **around)
+        with no_autocast(x):
+            return self._normalised(x, branch)
+
+    def _normalised(self, x: Tensor, branch: Tensor) -> Tensor:
+        like = next(self.norm.parameters(), branch)
+        branch = self.norm(branch.to(like.dtype))
+        y = self.alpha * x + self.beta * branch
         return y.to(autocast_dtype(x))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -439,6 +439,10 @@ LEFT = {
         lambda: hooked('0', 'conv'),
         r"'0.conv' \(Conv2d\) has hooks",
     ),
+    'hook within the layer': (
+        lambda: hooked('1', 'w1'),
+        'its convolutions have hooks',
+    ),
     'hook on the norm': (lambda: hooked('0', 'bn'), 'has hooks'),
     'hook on the ConvModule': (lambda: hooked('0'), 'has hooks'),
     'plug-in between': (between, "'context_block' comes between"),

@@ -10,6 +10,9 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.model import kaiming_init
 from oracles import poly_nl_loop
 from torch import nn
+from torch.ao.nn.qat import Conv2d as FakeQuantised
+from torch.ao.quantization import get_default_qat_qconfig
+from torch.nn.utils import prune
 
 from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
 from polynl_mm.ops import FORMS
@@ -190,13 +193,99 @@ def test_norm_of_the_right_dimension(dims, kind):
     assert torch.equal(layer(x), x)
 
 
-def test_flops_that_mmengine_counts():
-    """It traces the model as it is, wanting gradients."""
+class Adapter(nn.Module):
+    """A convolution and what was learnt beside it (LoRA)."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv, self.up = conv.requires_grad_(False), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        return self.conv(x) + self.up(x)
+
+
+def observed(conv):
+    """As quantisation begins, with an observer of what comes out."""
+    conv.qconfig = torch.ao.quantization.get_default_qconfig('x86')
+    return torch.ao.quantization.prepare(nn.Sequential(conv))[0]
+
+
+def pruned(conv):
+    return prune.l1_unstructured(conv, 'weight', amount=0.5)
+
+
+def for_quantisation(conv):
+    return FakeQuantised(6, 6, 1, qconfig=get_default_qat_qconfig('x86'))
+
+
+# What hangs on convolutions, and whether they are called for it.
+MORE = {
+    'weight_norm, old': (nn.utils.weight_norm, True),
+    'spectral_norm, old': (nn.utils.spectral_norm, True),
+    'weight_norm': (nn.utils.parametrizations.weight_norm, False),
+    'spectral_norm': (nn.utils.parametrizations.spectral_norm, False),
+    'pruned': (pruned, True),
+    'adapter': (Adapter, True),
+    'observed': (observed, True),
+    'for quantisation': (for_quantisation, True),
+}
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*:UserWarning')
+@pytest.mark.parametrize('kind', MORE)
+@pytest.mark.parametrize('normed', [False, True])
+def test_convolutions_that_are_more_than_their_weights(kind, normed):
+    """What they compute enters, in steps that each learn all of it."""
+    change, calls = MORE[kind]
+    torch.manual_seed(0)
+    norm_cfg = dict(type='GN', num_groups=2) if normed else None
+    layer = PolyNL2d(6, 0.7, -1.3, bias=True, norm_cfg=norm_cfg)
+    for name in ('w1', 'w2', 'w3'):
+        setattr(layer, name, change(getattr(layer, name)))
+    assert layer.calls_convolutions is calls
+    x = torch.randn(2, 6, 7, 3)
+    weights = torch.rand(2, 7, 3)
+    layer.around = lambda layer, x: (None, weights)
+    optimizer = torch.optim.SGD(layer.parameters(), 1e-3)
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    for name, p in layer.named_parameters():
+        assert not p.requires_grad or p.grad.abs().max() > 0, name
+    layer.eval().apply(torch.ao.quantization.disable_observer)
+    with torch.no_grad():
+        y = layer(x)
+        means = weights[:, None] / weights.sum((1, 2))[:, None, None, None]
+        g = (layer.w1(x) * layer.w2(x) * means).sum((2, 3), keepdim=True)
+        branch = layer.w3(g * x)
+        branch = layer.norm(branch) if normed else branch
+        assert_near(y, layer.alpha * x + layer.beta * branch, 1e-5)
+
+
+@pytest.mark.parametrize('dtype', HALF_TOLERANCE, ids=str)
+def test_called_convolutions_under_autocast(dtype):
+    layer = PolyNL2d(6, 1, 0, bias=True)
+    layer.w1.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 6, 7, 3).sign() * (3e4 if dtype == torch.float16 else 1)
+    with torch.autocast('cpu', dtype=dtype):
+        assert torch.equal(layer(x), x.to(dtype))
+    layer.beta.data.fill_(0.7)
+    with torch.autocast('cpu', dtype=dtype):
+        y = layer(x / x.abs().max())
+    want = oracle(layer, x / x.abs().max())
+    assert_near(y.float(), want, HALF_TOLERANCE[dtype])
+
+
+def test_flops_that_counters_with_hooks_see():
+    """Those of the formula as it is written: the hooks see convolutions."""
     c, n = 16, 128
     counted = get_model_complexity_info(
         PolyNL2d(c), (c, 16, n // 16), show_table=False, show_arch=False
     )
-    assert counted['flops'] >= 2 * n * c**2 + c**3
+    assert counted['flops'] == 3 * n * c**2
 
 
 def test_batch_norm_warns_and_layer_norm_is_refused():

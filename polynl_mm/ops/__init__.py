@@ -2,9 +2,10 @@ r"""The Poly-NL operation: derivation, its forms, and their gradient.
 
 All of the mathematics is in this package, and it needs only torch:
 
-- here: what the operation is, its two doors (:func:`poly_nl` for the layer on
-  X, :func:`poly_nl_behind` for the layer behind a 1x1 convolution), and the
-  five steps that both take;
+- here: what the operation is, its doors (:func:`poly_nl` for the layer on X,
+  :func:`poly_nl_behind` for the layer behind a 1x1 convolution), and the
+  five steps that both take; :func:`poly_nl_calling` for convolutions of which
+  more is known than their weights;
 - ``moments``: what touches every position, and its gradient;
 - ``gate``: the C x C algebra, and its gradient;
 - ``autograd``: both together, as the two steps that autograd is told of;
@@ -147,14 +148,14 @@ matrices run in TF32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .autograd import apply_gate, evaluated, gate_of, project
 from .choice import BEHIND, ON_X, choose_for
-from .gate import Conv, Params
+from .gate import Conv, Params, finite_if_idle
 from .precision import (
     HALF,
     autocast_dtype,
@@ -171,6 +172,7 @@ __all__ = [
     'evaluated',
     'poly_nl',
     'poly_nl_behind',
+    'poly_nl_calling',
     'project',
 ]
 
@@ -259,6 +261,44 @@ def poly_nl_behind(
     if not isinstance(conv, tuple):
         raise ValueError(f'conv must be a Conv, got {conv!r}')
     return _poly_nl(h, Conv(*conv), p, form, pool, weights)
+
+
+def poly_nl_calling(
+    x: Tensor,
+    convs: Sequence[Callable[[Tensor], Tensor]],
+    alpha: Tensor,
+    beta: Tensor,
+    pool: Pool | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    r"""Poly-NL as the paper has it, by calling the three convolutions.
+
+    For those that are more than their weights: adapters, observers, hooks.
+
+    Args:
+        x (Tensor): As the convolutions take it.
+        convs: The three convolutions, (B, C, \*spatial) to the same.
+        alpha, beta (Tensor): One element.
+        pool, weights: As in :func:`poly_nl`.
+
+    Shape: (B, C, \*spatial) -> the same, in the dtype of the convolutions.
+    """
+    w1, w2, w3 = convs
+    u, v = w1(x), w2(x)
+    dtype = float_dtype(u.dtype)
+    with no_autocast(x):
+        uv = u.to(dtype) * v.to(dtype)
+        if weights is None:
+            g = uv.flatten(2).mean(2)
+        else:
+            weights, n = _counts(weights, u)
+            uv = (uv * weights).flatten(2).sum(2)
+            g = torch.where(n > 0, uv / torch.where(n > 0, n, 1), 0)
+        if pool is not None:
+            g = _pooled(g, pool)
+    gain = g.reshape(*g.shape, *(1,) * (x.dim() - 2))
+    branch = finite_if_idle(w3((x * gain).to(x.dtype)), beta)
+    return (alpha * x + beta * branch).to(u.dtype)
 
 
 def _poly_nl(x, conv, p, form, pool, weights):

@@ -27,6 +27,7 @@ from .precision import (
 __all__ = [
     'Conv',
     'Params',
+    'finite_if_idle',
     'fold',
     'fold_adjoint',
     'gate_adjoint',
@@ -192,11 +193,14 @@ def gate_adjoint(dg, w1s, s, m, w1, w2, b1, b2, n, centred, need):
 # ------------------------------------------------- the layer, its gate known
 
 
+def finite_if_idle(t: Tensor, beta: Tensor) -> Tensor:
+    """At beta = 0 the layer is the identity, and 0 * inf would be NaN."""
+    return torch.where(beta == 0, t.nan_to_num(0, 0, 0), t)
+
+
 def gated(x: Tensor, g: Tensor, p: Params) -> Tensor:
     """The layer as the paper has it: alpha x + beta (W3 (g x) + b3)."""
-    # At beta = 0 it is the identity, and 0 times an overflow would be NaN.
-    is_idle = p.beta == 0
-    g = torch.where(is_idle, g.nan_to_num(0, 0, 0), g)
+    g = finite_if_idle(g, p.beta)
     gain = g.reshape(*g.shape, *(1,) * (x.dim() - 2))
     if x.dtype in HALF:
         # x * g may exceed float16 where the output does not: project it
@@ -204,7 +208,7 @@ def gated(x: Tensor, g: Tensor, p: Params) -> Tensor:
         # room for what W3 sums up.
         scale = gain.detach().abs().amax(1, keepdim=True)
         scale = scale.clamp_min(torch.finfo(g.dtype).tiny)
-        scale = scale * torch.where(is_idle, 256.0, 1.0)
+        scale = scale * torch.where(p.beta == 0, 256.0, 1.0)
         branch = convolution((x * (gain / scale)).to(x.dtype), p.w3) * scale
         if p.b3 is not None:
             branch = branch + p.b3.reshape(-1, *(1,) * (x.dim() - 2))
@@ -233,7 +237,8 @@ def fold(
         tuple: matrix (B, C, c), c = C without a convolution, and column
         (B, C) or None: Y = matrix H + column at every position.
     """
-    # As in gated. The gradient takes g as it is: of beta it may be infinite.
+    # As finite_if_idle. The gradient takes g as it is: that of beta may be
+    # infinite.
     gain = torch.where(beta == 0, beta, beta * g)
     column = None if b3 is None else (beta * b3).expand_as(g)
     if a is None:
