@@ -34,6 +34,7 @@ from .ops import (
 )
 from .ops.choice import BEHIND, ON_X, choose
 from .ops.precision import HALF, convolution
+from .plugins import loses_plugins
 
 try:
     from mmcv.cnn import ConvModule
@@ -392,6 +393,8 @@ class _Modules:
                 raise _Left(f'{inserted[0]!r} comes between')
             return self.end(owner)
         if name in plugins and _of_a_host(owner):
+            if len(plugins) > 1 and loses_plugins(type(owner)):
+                raise _Left(f'the host keeps only {plugins[-1]!r}')
             if name != plugins[0]:
                 raise _Left(f'{plugins[0]!r} comes between')
             return _Site(owner, 'conv3'), _Site(owner, owner.norm3_name)

@@ -16,8 +16,10 @@ from .layers import PolyNL1d, PolyNL2d, PolyNL3d
 # a module bound to a host may be listed only where that host is installed.
 _HOST_OF = {
     'polynl_mm.insertion': 'mmengine',
-    # No type is in it: any look-up has layers know the sizes of the pictures.
+    # No type is in these: any look-up has layers know the sizes of pictures,
+    # and refuses those that a host would lose.
     'polynl_mm.samples': 'mmengine',
+    'polynl_mm.plugins': 'mmengine',
     'polynl_mm.engine.runner': 'mmengine',
     # Nor in it: any look-up lets torch read mmengine's checkpoints.
     'polynl_mm.engine.safe_load': 'mmengine',

@@ -5,10 +5,12 @@ import logging
 
 import pytest
 import torch
+from mmcv.cnn import ContextBlock
 from mmengine.optim import build_optim_wrapper
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch.testing import assert_close
 
+from polynl_mm import fuse_poly_nl
 from polynl_mm.layers import PolyNL2d
 
 POSITIONS = ('after_conv1', 'after_conv2', 'after_conv3')
@@ -148,6 +150,42 @@ def test_host_that_announces_other_channels(name, position):
     )
     with pytest.raises(ValueError, match=message):
         backbone(pixels())
+
+
+CONTEXT = dict(type='ContextBlock', ratio=0.5)
+POLY_NL = dict(type='polynl_mm.PolyNL2d', beta_init=0.5)
+
+
+def two(*cfgs):
+    return [
+        dict(cfg=cfg, stages=STAGES, position='after_conv3') for cfg in cfgs
+    ]
+
+
+@pytest.mark.parametrize('cfgs', [(POLY_NL, CONTEXT), (CONTEXT, POLY_NL)])
+def test_host_that_loses_all_plugins_but_the_last(cfgs):
+    with pytest.raises(
+        ValueError, match='mmseg keeps only the last of 2 .*polynl_mm.Insert'
+    ):
+        build('mmseg.ResNet', plugins=two(*cfgs))
+    backbone = build('mmdet.ResNet', plugins=two(*cfgs))
+    assert all(g is not None for g in gradients(backbone).values())
+    # One that was put together by other means.
+    backbone = build('mmseg.ResNet', plugins=two(POLY_NL), norm_eval=True)
+    for module in backbone.modules():
+        if getattr(module, 'after_conv3_plugin_names', None):
+            module.context_block = ContextBlock(module.conv3.out_channels, 0.5)
+            module.after_conv3_plugin_names.append('context_block')
+    grads = gradients(backbone)
+    lost = [k for k, g in grads.items() if '.poly_nl.' in k and g is None]
+    assert len(lost) == 7 * 5
+    for trainable in (False, True):
+        backbone.eval()
+        report = fuse_poly_nl(backbone, trainable)[1]
+        assert not report.fused and len(report.left) == 7
+        assert set(report.left.values()) == {
+            "the host keeps only 'context_block'"
+        }
 
 
 @pytest.mark.parametrize('form', ['direct', 'gram'])

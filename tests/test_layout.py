@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'polynl_mm'
 
 LAYER = {'ops', 'padding', 'layers', 'registry'}
-BLOCK = LAYER | {'context', 'samples', 'insertion', 'fusion'}
+BLOCK = LAYER | {'context', 'samples', 'plugins', 'insertion', 'fusion'}
 # Which other rooms each may import. One task never imports another.
 MAY_IMPORT = {
     'ops': set(),
@@ -23,8 +23,9 @@ MAY_IMPORT = {
     'registry': {'layers'},
     'samples': {'ops', 'padding', 'layers'},
     'context': {'ops', 'padding', 'layers'},
+    'plugins': {'layers'},
     'insertion': LAYER | {'samples'},
-    'fusion': LAYER | {'insertion'},
+    'fusion': LAYER | {'insertion', 'plugins'},
     'detection': BLOCK,
     'faces': BLOCK,
     'segmentation': BLOCK,
@@ -37,6 +38,7 @@ ELSEWHERE = {
     'padding': {'torch'},
     'layers': {'torch', 'mmcv'},
     'context': {'torch'},
+    'plugins': {'torch'},
 }
 
 
