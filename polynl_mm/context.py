@@ -117,8 +117,14 @@ class Window:
         return (axes[0][:, None] * axes[1]).expand(1, *x.shape[2:])
 
     def padded(self, pictures: Pictures) -> Window:
-        """Have the box reach over what a window was padded by."""
+        """Have the box reach over what a window was padded by, if it does not.
+
+        Args:
+            pictures: The window, at any scale, as the model is given it.
+        """
         x1, y1, x2, y2 = self.box
+        if pictures.shape == (y2 - y1, x2 - x1):
+            return self
         height, width = map(max, zip(*pictures.sizes))
         right = x1 + pictures.shape[1] * (x2 - x1) / width
         bottom = y1 + pictures.shape[0] * (y2 - y1) / height
