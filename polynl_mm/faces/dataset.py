@@ -80,6 +80,8 @@ class WiderFaceDataset(BaseDetDataset):
     ``ann_file`` says which pictures and faces there are. Its content tells
     what it is: the official annotation, a landmark label file of RetinaFace
     or SCRFD, or, in ``test_mode``, the official list of test pictures.
+    Absolute names below the picture folder, as ``find`` writes them, are read
+    as ``event/name.jpg``; any other absolute name is an error.
 
     ``landmark_file`` adds landmarks to the faces of an official annotation.
     RetinaFace's own code trains on its label file alone, which has no
@@ -205,18 +207,21 @@ class WiderFaceDataset(BaseDetDataset):
 
     def _read(self) -> list[dict]:
         """Read the files into what :meth:`parse_data_info` takes."""
+        folder = self.data_prefix['img']
         with get_local_path(
             self.ann_file, backend_args=self.backend_args
         ) as path:
             kind = annotation_format(path)
             if kind == 'bbx_gt':
-                faces = read_bbx_gt(path)
+                faces = read_bbx_gt(path, folder=folder)
             elif kind == 'landmarks':
                 labels = read_landmark_labels(
-                    path, allow_degenerate=self.skip_degenerate
+                    path,
+                    allow_degenerate=self.skip_degenerate,
+                    folder=folder,
                 )
             else:
-                names = read_file_list(path)
+                names = read_file_list(path, folder=folder)
         if kind != 'bbx_gt' and self.landmark_file:
             raise ValueError(
                 f'{self.ann_file}: landmark_file goes with an official '
@@ -237,7 +242,9 @@ class WiderFaceDataset(BaseDetDataset):
             self.landmark_file, backend_args=self.backend_args
         ) as path:
             # The official annotation has some that are degenerate.
-            labels = read_landmark_labels(path, allow_degenerate=True)
+            labels = read_landmark_labels(
+                path, allow_degenerate=True, folder=folder
+            )
         matched = match_landmarks(
             faces, labels, self.ann_file, self.landmark_file
         )

@@ -7,9 +7,9 @@ evaluation reads and writes, as in the official files.
 
 from __future__ import annotations
 
-import math
 import os
 import posixpath
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -33,8 +33,16 @@ _RANGES = ', '.join(
     f'{name} 0 to {most}' for name, most in zip(ATTRIBUTES, _MOST)
 )
 _COLUMNS = 4 + len(ATTRIBUTES)
-_FACE_LINE = f'{_COLUMNS} integers, x y w h {" ".join(ATTRIBUTES)}'
+_FACE_LINE = (
+    f'{_COLUMNS} integers, x y w h {" ".join(ATTRIBUTES)}, '
+    f'of at most 10 digits'
+)
+# Sums of them are far from the end of int64.
+_INTEGER = re.compile('[+-]?[0-9]{1,10}')
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
+_PICTURE = 'a picture, event/name.jpg'
+# What stands for bytes that are no UTF-8.
+_UNDECODED = '\ufffd'
 _ABSENT = (-1.0, -1.0, 0.0)
 _POINTS = f'{NUM_LANDMARKS} times x y flag'
 _LABEL_LINES = {
@@ -53,13 +61,24 @@ class _Lines:
     """Lines of a text file that are not blank, and its broken ones.
 
     ``lines[at]`` is the text of a line without the blanks around it.
+    ``picture(text)`` is the picture that a text names, or None.
     ``broken(at, expected)`` raises, or appends to ``errors``, if that is a
     list, so that reading can go on.
     """
 
-    def __init__(self, path: str | os.PathLike, errors: list | None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        errors: list | None,
+        folder: str | os.PathLike | None = None,
+    ) -> None:
         self.path = path
         self.errors = errors
+        self.folders = ()
+        if folder is not None:
+            # As it is written, and as it is where links lead to it.
+            self.folders = os.path.abspath(folder), os.path.realpath(folder)
+        self._stems = set()
         # utf-8-sig and 'replace': a byte order mark is dropped, and a file
         # that is no text is reported by its first line.
         with open(path, encoding='utf-8-sig', errors='replace') as file:
@@ -78,8 +97,29 @@ class _Lines:
     def number(self, at: int) -> int:
         return self._lines[at][0]
 
+    def picture(self, text: str) -> str | None:
+        # '..' stays what it is, for is_picture.
+        name = text if '..' in text.split('/') else posixpath.normpath(text)
+        for folder in self.folders:
+            if name.startswith(folder + '/'):
+                name = name[len(folder) + 1 :]
+                break
+        return name if is_picture(name) else None
+
+    def is_new(self, name: str) -> bool:
+        """Whether no picture of this event/name has come before."""
+        stem = posixpath.splitext(name)[0]
+        if stem in self._stems:
+            return False
+        self._stems.add(stem)
+        return True
+
     def broken(self, at: int, expected: str) -> None:
         if at < len(self):
+            if _UNDECODED in self[at]:
+                expected += ', in UTF-8'
+            elif self.folders and self[at].lstrip('# ').startswith('/'):
+                expected += f', or a path below {self.folders[0]}'
             self.report(
                 f'{self.path}, line {self.number(at)}: got '
                 f'{self[at][:80]!r}, expected {expected}'
@@ -94,13 +134,23 @@ class _Lines:
 
 
 def is_picture(text: str) -> bool:
-    """Whether a text reads ``event/name.jpg``, as WIDER Face names them."""
-    event, stem = posixpath.split(text)
-    return bool(event) and stem.lower().endswith(_IMAGE_SUFFIXES)
+    """Whether a text reads ``event/name.jpg``, as WIDER Face names them.
+
+    A name that would lead out of the picture folder is none.
+    """
+    parts = text.split('/')
+    return (
+        len(parts) > 1
+        and parts[-1].lower().endswith(_IMAGE_SUFFIXES)
+        and not {'', '.', '..'}.intersection(parts)
+        and not {'\0', _UNDECODED}.intersection(text)
+    )
 
 
 def read_bbx_gt(
-    path: str | os.PathLike, errors: list[str] | None = None
+    path: str | os.PathLike,
+    errors: list[str] | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> dict[str, np.ndarray]:
     """Read an official annotation file, ``wider_face_*_bbx_gt.txt``.
 
@@ -113,6 +163,9 @@ def read_bbx_gt(
         path (str or PathLike): A local file.
         errors (list[str], optional): Takes a message for every broken line,
             and what is not broken is given; without it the first one raises.
+        folder (str or PathLike, optional): Where the pictures are. Absolute
+            names below it become relative to it; others are broken, as are
+            names with ``..``.
 
     Returns:
         dict[str, ndarray]: For every picture, by ``event/name.jpg`` and in
@@ -123,25 +176,27 @@ def read_bbx_gt(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A line is not what is expected at its place, a picture
-            comes twice, or there is none; says file, line and both.
+            comes twice, or there is none; says file, line and both. Pictures
+            that differ in their suffix alone are one, as their predictions
+            would be.
     """
-    lines = _Lines(path, errors)
+    lines = _Lines(path, errors, folder)
     images = {}
     at = 0
     while at < len(lines):
-        name = lines[at]
-        if not is_picture(name):
-            lines.broken(at, 'a picture, event/name.jpg')
+        name = lines.picture(lines[at])
+        if name is None:
+            lines.broken(at, _PICTURE)
             at += 1
             continue
-        if name in images:
+        if not lines.is_new(name):
             lines.broken(at, 'a picture that has not come before')
         at += 1
 
         count = _integers(lines[at]) if at < len(lines) else None
         if count is None or len(count) != 1 or count[0] < 0:
             lines.broken(at, f'the number of faces of {name}')
-            while at < len(lines) and not is_picture(lines[at]):
+            while at < len(lines) and not lines.picture(lines[at]):
                 at += 1
             continue
         count = count[0]
@@ -154,7 +209,7 @@ def read_bbx_gt(
                 lines.broken(
                     at, f'face {k} of {count} of {name}: {_FACE_LINE}'
                 )
-                if at == len(lines) or is_picture(lines[at]):
+                if at == len(lines) or lines.picture(lines[at]):
                     break
             elif any(
                 not 0 <= value <= most for value, most in zip(face[4:], _MOST)
@@ -174,20 +229,21 @@ def read_bbx_gt(
 
 
 def _integers(line: str) -> list[int] | None:
-    try:
-        return [int(word) for word in line.split()]
-    except ValueError:
-        return None
+    words = line.split()
+    return [*map(int, words)] if all(map(_INTEGER.fullmatch, words)) else None
 
 
 def read_file_list(
-    path: str | os.PathLike, errors: list[str] | None = None
+    path: str | os.PathLike,
+    errors: list[str] | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> list[str]:
     """Read ``wider_face_test_filelist.txt``, a picture per line.
 
     Args:
         path (str or PathLike): A local file.
         errors (list[str], optional): As in :func:`read_bbx_gt`.
+        folder (str or PathLike, optional): As there.
 
     Returns:
         list[str]: ``event/name.jpg`` of every picture.
@@ -196,18 +252,19 @@ def read_file_list(
         FileNotFoundError: There is no such file.
         ValueError: A line is no picture, one comes twice, or there is none.
     """
-    lines = _Lines(path, errors)
-    names = {}
+    lines = _Lines(path, errors, folder)
+    names = []
     for at in range(len(lines)):
-        if not is_picture(lines[at]):
-            lines.broken(at, 'a picture, event/name.jpg')
-        elif lines[at] in names:
+        name = lines.picture(lines[at])
+        if name is None:
+            lines.broken(at, _PICTURE)
+        elif not lines.is_new(name):
             lines.broken(at, 'a picture that has not come before')
         else:
-            names[lines[at]] = None
+            names.append(name)
     if not names:
         lines.report(f'{path}: empty, expected a picture per line')
-    return list(names)
+    return names
 
 
 class LandmarkLabels(NamedTuple):
@@ -231,6 +288,7 @@ def read_landmark_labels(
     path: str | os.PathLike,
     errors: list[str] | None = None,
     allow_degenerate: bool = False,
+    folder: str | os.PathLike | None = None,
 ) -> dict[str, LandmarkLabels]:
     """Read faces and landmarks in RetinaFace's or SCRFD's label format.
 
@@ -247,6 +305,7 @@ def read_landmark_labels(
         errors (list[str], optional): As in :func:`read_bbx_gt`.
         allow_degenerate (bool): Give boxes without width or height as they
             stand there. Otherwise they count as broken.
+        folder (str or PathLike, optional): As in :func:`read_bbx_gt`.
 
     Returns:
         dict[str, LandmarkLabels]: For every picture, by ``event/name.jpg``
@@ -257,7 +316,7 @@ def read_landmark_labels(
         ValueError: A line is neither, the formats are mixed, a picture comes
             twice, or there is none; says file, line and what is expected.
     """
-    lines = _Lines(path, errors)
+    lines = _Lines(path, errors, folder)
     images = {}
     headers = {}
     rows = sized = None
@@ -267,12 +326,12 @@ def read_landmark_labels(
                 # Faces below a broken header are checked, too, for the
                 # messages, and go nowhere.
                 rows = []
-                name, has_size = _label_header(lines[at])
+                name, has_size = _label_header(lines, lines[at])
                 if sized is None:
                     sized = has_size
                 elif sized != has_size:
                     raise ValueError('the format of the headers before')
-                if name in images:
+                if not lines.is_new(name):
                     raise ValueError('a picture that has not come before')
                 images[name] = rows
                 headers[name] = lines.number(at)
@@ -291,17 +350,18 @@ def read_landmark_labels(
     return {name: _stack(images[name], headers[name]) for name in images}
 
 
-def _label_header(line: str) -> tuple[str, bool]:
-    words = line[1:].split()
-    sizes = _integers(' '.join(words[1:]))
-    if (
-        len(words) not in (1, 3)
-        or not is_picture(words[0])
-        or sizes is None
-        or any(size <= 0 for size in sizes)
-    ):
+def _label_header(lines: _Lines, line: str) -> tuple[str, bool]:
+    """Give the picture, whose name may have blanks, and if it has a size."""
+    text = line[1:].strip()
+    name = lines.picture(text)
+    if name is not None:
+        return name, False
+    text, *sizes = text.rsplit(None, 2) or ['']
+    sizes = _integers(' '.join(sizes)) or [0]
+    name = lines.picture(text)
+    if name is None or len(sizes) != 2 or min(sizes) <= 0:
         raise ValueError('# event/name.jpg or # event/name.jpg W H')
-    return words[0], len(words) == 3
+    return name, True
 
 
 def _label_face(line: str, sized: bool, allow_degenerate: bool) -> tuple:
@@ -311,8 +371,11 @@ def _label_face(line: str, sized: bool, allow_degenerate: bool) -> tuple:
         numbers = [float(word) for word in line.split()]
     except ValueError:
         numbers = []
-    if len(numbers) not in counts or not all(map(math.isfinite, numbers)):
-        raise ValueError(f'{" or ".join(map(str, counts))} numbers: {layout}')
+    if len(numbers) not in counts or not all(abs(n) < 1e9 for n in numbers):
+        raise ValueError(
+            f'{" or ".join(map(str, counts))} numbers: {layout}; all finite '
+            f'and below 1e9'
+        )
     x1, y1, x2, y2 = numbers[:4]
     if not sized:
         x2, y2 = x1 + x2, y1 + y2
@@ -413,13 +476,15 @@ def annotation_format(path: str | os.PathLike) -> str:
 
     Returns:
         str: ``'landmarks'`` (see :func:`read_landmark_labels`) if the first
-        line begins with ``#``, ``'list'`` (see :func:`read_file_list`) if all
-        lines are pictures, else ``'bbx_gt'`` (see :func:`read_bbx_gt`).
+        line begins with ``#``, ``'list'`` (see :func:`read_file_list`) if the
+        first two, or the only one, end as names of pictures do, else
+        ``'bbx_gt'`` (see :func:`read_bbx_gt`).
     """
     lines = _Lines(path, None)
-    if len(lines) and lines[0].startswith('#'):
+    first = [lines[at].lower() for at in range(min(2, len(lines)))]
+    if first and first[0].startswith('#'):
         return 'landmarks'
-    if len(lines) and all(is_picture(lines[i]) for i in range(len(lines))):
+    if first and all(line.endswith(_IMAGE_SUFFIXES) for line in first):
         return 'list'
     return 'bbx_gt'
 
@@ -707,6 +772,24 @@ def _at(number: int, lines: list[str], expected: str) -> str:
     return f', line {number}: got {text!r}, expected {expected}'
 
 
+def prediction_path(out_dir: str | os.PathLike, image: str) -> str:
+    """Give the prediction file of a picture, ``event/name``.
+
+    Raises:
+        ValueError: It would not lie in ``out_dir``: the name is absolute or
+            has ``..``, or a symbolic link leads elsewhere.
+    """
+    folder = os.path.realpath(out_dir)
+    path = os.path.join(out_dir, f'{image}.txt')
+    target = os.path.realpath(path)
+    if os.path.commonpath([folder, target]) != folder:
+        raise ValueError(
+            f'{path}: the predictions of the picture {image!r} would be '
+            f'written to {target}, outside {folder}'
+        )
+    return path
+
+
 def write_predictions(
     out_dir: str | os.PathLike, predictions: Mapping[str, np.ndarray]
 ) -> None:
@@ -721,14 +804,18 @@ def write_predictions(
             be.
         predictions (Mapping[str, ndarray]): By picture, ``event/name``, an
             (n, 5) array: left, top, width, height in pixels, score.
+
+    Raises:
+        ValueError: A file would not lie in ``out_dir``, see
+            :func:`prediction_path`; then nothing is written.
     """
+    paths = {image: prediction_path(out_dir, image) for image in predictions}
     for image, rows in predictions.items():
         # The Python ports take the order of the file for that of the scores.
         rows = np.asarray(rows, np.float64)
         rows = rows[np.argsort(-rows[:, 4], kind='stable')]
         lines = [f'{image}.jpg', str(len(rows))]
         lines += [' '.join(map(repr, row)) for row in rows.tolist()]
-        path = os.path.join(out_dir, f'{image}.txt')
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, 'w', encoding='utf-8', newline='\n') as file:
+        os.makedirs(os.path.dirname(paths[image]), exist_ok=True)
+        with open(paths[image], 'w', encoding='utf-8', newline='\n') as file:
             file.write('\n'.join(lines) + '\n')

@@ -12,7 +12,7 @@ from mmengine.evaluator import BaseMetric
 from polynl_mm.registry import METRICS
 
 from .ap import evaluate
-from .files import load_wider_face_gt, write_predictions
+from .files import load_wider_face_gt, prediction_path, write_predictions
 
 
 @METRICS.register_module()
@@ -55,10 +55,12 @@ class WiderFaceMetric(BaseMetric):
 
     Raises:
         FileNotFoundError: A file of the ground truth is not there.
+        OSError: ``out_dir`` can not be made or written to.
         ValueError: Neither ``gt_dir`` nor ``out_dir`` is given; the ground
             truth is malformed; a sample is of no picture in it, without id,
-            or of another class than 0; at the end, a picture was tested twice
-            or not at all, or a number is not finite.
+            or of another class than 0, or its file would not lie in
+            ``out_dir``; at the end, a picture was tested twice or not at all,
+            or a number is not finite.
     """
 
     default_prefix = 'wider_face'
@@ -81,6 +83,8 @@ class WiderFaceMetric(BaseMetric):
         self._images = frozenset(self.gt.images if self.gt else ())
         if out_dir is not None:
             os.makedirs(out_dir, exist_ok=True)
+            if not os.access(out_dir, os.W_OK):
+                raise PermissionError(f'out_dir={out_dir} can not be written')
         self.out_dir = out_dir
         self.missing_as_empty = missing_as_empty
 
@@ -100,6 +104,9 @@ class WiderFaceMetric(BaseMetric):
                     f'{self.gt.images[0]!r} (does meta_keys of the pipeline '
                     f'list img_id?)'
                 )
+            if self.out_dir is not None:
+                # At once, not when all pictures are done.
+                prediction_path(self.out_dir, image)
             found = sample['pred_instances']
             classes = np.unique(_numpy(found.get('labels', ()))).tolist()
             if classes not in ([], [0]):

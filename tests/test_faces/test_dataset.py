@@ -362,6 +362,11 @@ def test_the_test_set(release):
     assert dataset[0]['instances'] == []
     with pytest.raises(ValueError, match='test_filelist.*test_mode=True'):
         build(release, ann_file=str(file))
+    pictures = (release / 'WIDER_train/images').resolve()
+    file.write_text(''.join(f'{pictures / name}\n' for name in NAMES))
+    absolute = build(release, ann_file=str(file), test_mode=True)
+    assert ids(absolute) == IDS
+    assert absolute[0]['img_path'] == dataset[0]['img_path']
 
 
 @pytest.mark.parametrize('ann', ('list.txt', LABELS))

@@ -1,5 +1,6 @@
 """The readers of the official files, and what they say of broken ones."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from release import KEYPOINTS, NAMES, OFFICIAL, RETINAFACE, SCRFD
 
 from polynl_mm.faces.files import (
     SETTINGS,
+    annotation_format,
     load_wider_face_gt,
     read_bbx_gt,
     read_file_list,
@@ -124,6 +126,14 @@ FACE = '1 2 3 4 0 0 0 0 0 0 '
         ('a/b.jpg\n0\na/b.jpg\n0\n', 3, 'a/b.jpg', 'not come before'),
         ('\n\na/b.jpg\n\nx\n', 5, 'x', 'number of faces'),
         ('# a/b.txt 3 4\n', 1, '# a/b.txt 3 4', 'event/name.jpg'),
+        (
+            f'a/b.jpg\n1\n{2**63} 2 3 4 0 0 0 0 0 0\n',
+            3,
+            '9223372036854775808 2',
+            'of at most 10 digits',
+        ),
+        ('a/b.jpg\n9223372036854775808\n', 2, '9223372036854775808', 'number'),
+        ('a/b.jpg\n0\na/b.png\n0\n', 3, 'a/b.png', 'not come before'),
     ),
 )
 def test_a_malformed_line_is_shown(read, tmp_path, text, line, got, expected):
@@ -194,6 +204,9 @@ def triples(flag):
 
 
 BROKEN_LABELS = (
+    ('# a/b.jpg\n1 2 3 1e9\n', 2, 'below 1e9'),
+    ('# a/b.jpg 4 5 6\n', 1, '# event/name.jpg or'),
+    ('# a/b.jpg\n# a/b.png\n', 2, 'not come before'),
     ('1 2 3 4\n', 1, '# event/name.jpg or'),
     ('# b.jpg\n', 1, '# event/name.jpg or'),
     ('# a/b.jpg 4\n', 1, '# event/name.jpg or'),
@@ -302,6 +315,72 @@ def test_the_list_of_test_pictures(tmp_path):
         assert len(errors) == 1
 
 
+@pytest.mark.parametrize(
+    'name', ('../b.jpg', 'a/../../b.jpg', '/abs/a/b.jpg', 'a/..', '..')
+)
+@pytest.mark.parametrize(
+    'read, text, line',
+    (
+        (read_file_list, 'a/b.jpg\n{}\n', 2),
+        (read_bbx_gt, 'a/b.jpg\n0\n{}\n0\n', 3),
+        (read_landmark_labels, '# a/b.jpg\n1 2 3 4\n# {}\n', 3),
+    ),
+)
+def test_a_name_that_leads_elsewhere(tmp_path, read, text, line, name):
+    file = tmp_path / 'some.txt'
+    file.write_text(text.format(name))
+    folder = tmp_path / 'images'
+    with pytest.raises(ValueError) as error:
+        read(file, folder=folder)
+    message = str(error.value)
+    assert message.startswith(f'{file}, line {line}: got ')
+    assert (f'a path below {folder}' in message) == name.startswith('/')
+
+
+@pytest.mark.parametrize('linked', (False, True))
+def test_absolute_names_below_the_folder_become_relative(tmp_path, linked):
+    """As ``find`` writes them; an annotation of any kind has them alike."""
+    real = tmp_path / 'real/images'
+    real.mkdir(parents=True)
+    (tmp_path / 'link').symlink_to(tmp_path / 'real')
+    folder = tmp_path / 'link/images' if linked else real
+    file = tmp_path / 'some.txt'
+    for name, want in (
+        (f'{folder}/a/b c.jpg', 'a/b c.jpg'),
+        (f'{real}//a/b.jpg', 'a/b.jpg'),
+        ('./a/b.jpg', 'a/b.jpg'),
+    ):
+        file.write_text(name)
+        assert annotation_format(file) == 'list'
+        assert read_file_list(file, folder=folder) == [want]
+        file.write_text(f'{name}\n0\n')
+        assert annotation_format(file) == 'bbx_gt'
+        assert list(read_bbx_gt(file, folder=folder)) == [want]
+        for size in ('', ' 3 4'):
+            file.write_text(f'# {name}{size}')
+            assert annotation_format(file) == 'landmarks'
+            assert list(read_landmark_labels(file, folder=folder)) == [want]
+    file.write_text(f'{real}x/a/b.jpg')
+    with pytest.raises(ValueError, match='line 1: got .* a path below'):
+        read_file_list(file, folder=folder)
+
+
+def test_names_in_another_encoding(tmp_path):
+    file = tmp_path / 'list.txt'
+    file.write_bytes('a/b.jpg\na/\u9762\u5b54.jpg\n'.encode('gbk'))
+    assert annotation_format(file) == 'list'
+    with pytest.raises(ValueError, match='line 2: .*name.jpg, in UTF-8'):
+        read_file_list(file)
+    file.write_text('a/b.jpg\na/\u9762\u5b54.jpg\n')
+    assert read_file_list(file)[1] == 'a/\u9762\u5b54.jpg'
+
+
+def test_blanks_in_the_names_of_labels(read_labels):
+    for size in ('', ' 640 480'):
+        images = read_labels(f'# a b/c  d 1 2.jpg{size}\n1 2 3 4\n')
+        assert list(images) == ['a b/c  d 1 2.jpg']
+
+
 # Prediction files
 
 
@@ -367,6 +446,31 @@ def test_written_files_read_as_the_same_numbers(three, tmp_path):
     assert (tmp_path / 'new/folder/a--A/A.txt').read_text() == (
         'a--A/A.jpg\n0\n'
     )
+
+
+@pytest.mark.parametrize('image', ('../escaped', '/tmp/abs/x', 'a/../../x'))
+def test_predictions_stay_in_their_folder(tmp_path, image):
+    rows = np.zeros((1, 5))
+    with pytest.raises(ValueError, match='outside') as error:
+        write_predictions(tmp_path / 'out', {'a/b': rows, image: rows})
+    assert repr(image) in str(error.value)
+    assert not any(tmp_path.rglob('*.txt')) and not os.path.exists('/tmp/abs')
+
+
+@pytest.mark.parametrize('what', ('event', 'a/b.txt'))
+def test_predictions_follow_no_link_out_of_their_folder(tmp_path, what):
+    (tmp_path / 'out/a').mkdir(parents=True)
+    (tmp_path / 'elsewhere').mkdir()
+    target = tmp_path / 'elsewhere' / ('x.txt' if what == 'a/b.txt' else '')
+    (tmp_path / 'out' / what).symlink_to(target)
+    rows = {'a/b': np.zeros((0, 5)), 'event/b': np.zeros((0, 5))}
+    with pytest.raises(ValueError, match='elsewhere.*, outside '):
+        write_predictions(tmp_path / 'out', rows)
+    assert not any(target.parent.glob('elsewhere/*'))
+    # The folder itself may be one.
+    (tmp_path / 'link').symlink_to(tmp_path / 'elsewhere')
+    write_predictions(tmp_path / 'link', rows)
+    assert (tmp_path / 'elsewhere/a/b.txt').read_text() == 'a/b.jpg\n0\n'
 
 
 GOOD = '12 10 20 20 0.7'

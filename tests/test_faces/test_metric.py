@@ -302,3 +302,24 @@ def test_tools_look_for_the_folder_first(tmp_path):
 
 if __name__ == '__main__':
     cli.run(lambda: work(Path(sys.argv[1])))
+
+
+@pytest.mark.parametrize('image', ('../escaped', '/abs/x'))
+def test_a_picture_that_leads_elsewhere_ends_it_at_once(tmp_path, image):
+    """Not after the last of thousands."""
+    metric = METRICS.build(
+        dict(type='polynl_mm.WiderFaceMetric', gt_dir=None, out_dir=tmp_path)
+    )
+    found = next(iter(pictures().values()))[2]
+    with pytest.raises(ValueError, match=f'{image!r} would be written to'):
+        metric.process({}, [sample(image, found).to_dict()])
+
+
+def test_a_folder_that_can_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda *_: False)
+    with pytest.raises(PermissionError, match='can not be written'):
+        METRICS.build(
+            dict(
+                type='polynl_mm.WiderFaceMetric', gt_dir=None, out_dir=tmp_path
+            )
+        )
