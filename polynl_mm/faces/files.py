@@ -43,6 +43,9 @@ _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 _PICTURE = 'a picture, event/name.jpg'
 # What stands for bytes that are no UTF-8.
 _UNDECODED = '\ufffd'
+# A marker of a JPEG after the data of a scan, in which 00 or a restart follows
+# FF where FF does not fill.
+_MARKER = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')
 _ABSENT = (-1.0, -1.0, 0.0)
 _POINTS = f'{NUM_LANDMARKS} times x y flag'
 _LABEL_LINES = {
@@ -497,8 +500,8 @@ def decode_picture(
     """Decode a picture, or say which file is no whole one.
 
     OpenCV decodes a truncated JPEG without a word and fills what is missing,
-    and its error on an empty file names no file. Here a JPEG must have an
-    end-of-image marker after its last scan.
+    and its error on an empty file names no file. Here a JPEG must have its
+    end; what phones append to it may be anything (Motion Photos).
 
     Args:
         content (bytes): What the file holds.
@@ -514,15 +517,11 @@ def decode_picture(
     """
     if not content:
         raise ValueError(f'{path}: empty, expected a picture')
-    if content.startswith(b'\xff\xd8'):
-        # Neither marker can occur within a scan. A thumbnail's scan comes
-        # before.
-        scan = content.rfind(b'\xff\xda')
-        if scan < 0 or content.find(b'\xff\xd9', scan) < 0:
-            raise ValueError(
-                f'{path}: truncated, {len(content)} bytes of a JPEG without '
-                f'its end'
-            )
+    if content.startswith(b'\xff\xd8') and not _jpeg_ends(content):
+        raise ValueError(
+            f'{path}: truncated, {len(content)} bytes of a JPEG without its '
+            f'end'
+        )
     try:
         image = decode(content)
     except Exception as error:
@@ -532,6 +531,23 @@ def decode_picture(
     if image is None:
         raise ValueError(f'{path}: not a readable picture')
     return image
+
+
+def _jpeg_ends(content: bytes) -> bool:
+    """Walk from marker to marker to the end of a JPEG that has a scan."""
+    at, scanned = 2, False
+    while True:
+        # Also past what does not belong there, as decoders do.
+        marker = _MARKER.search(content, at)
+        if marker is None:
+            return False
+        kind, at = content[marker.end() - 1], marker.end()
+        if kind == 0xD9:
+            return scanned
+        # These two have no length.
+        if kind not in (0x01, 0xD8):
+            at += max(2, int.from_bytes(content[at : at + 2], 'big'))
+        scanned = scanned or kind == 0xDA
 
 
 class GroundTruth(NamedTuple):

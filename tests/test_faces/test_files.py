@@ -1,5 +1,6 @@
 """The readers of the official files, and what they say of broken ones."""
 
+import io
 import os
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 from mini_data.wider_face import Face
 from mini_data.wider_face_files import write_wider_mats
+from PIL import Image
 from release import KEYPOINTS, NAMES, OFFICIAL, RETINAFACE, SCRFD
 
 from polynl_mm.faces.files import (
     SETTINGS,
     annotation_format,
+    decode_picture,
     load_wider_face_gt,
     read_bbx_gt,
     read_file_list,
@@ -379,6 +382,38 @@ def test_blanks_in_the_names_of_labels(read_labels):
     for size in ('', ' 640 480'):
         images = read_labels(f'# a b/c  d 1 2.jpg{size}\n1 2 3 4\n')
         assert list(images) == ['a b/c  d 1 2.jpg']
+
+
+# Pictures
+
+
+def jpeg(**options):
+    """A JPEG with a thumbnail, which is a JPEG, too."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (60, 50, 3), np.uint8))
+    thumbnail, whole = io.BytesIO(), io.BytesIO()
+    image.resize((8, 8)).save(thumbnail, 'jpeg')
+    image.save(whole, 'jpeg', comment=thumbnail.getvalue(), **options)
+    return whole.getvalue()
+
+
+def decode(content, name='some.jpg'):
+    return decode_picture(content, name, lambda c: np.zeros(len(c)))
+
+
+@pytest.mark.parametrize(
+    'options',
+    ({}, dict(progressive=True), dict(quality=100, restart_marker_blocks=2)),
+)
+def test_the_end_of_a_jpeg(options):
+    """Whatever a phone appends; no part of a picture passes for a whole."""
+    whole = jpeg(**options)
+    trailer = np.random.default_rng(1).bytes(5000)
+    for more in (b'', trailer, b'\xff\xda' + trailer, b'\xff\xd8' * 9):
+        assert len(decode(whole + more)) == len(whole + more)
+    for size in range(2, len(whole)):
+        with pytest.raises(ValueError, match=f'truncated, {size} bytes'):
+            decode(whole[:size])
 
 
 # Prediction files
