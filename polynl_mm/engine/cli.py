@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import atexit
 import os
 import re
@@ -32,14 +33,15 @@ class StartError(Exception):
     """What the user gave can not be started; the message says why."""
 
 
-def run(tool: Callable[[], None]) -> None:
+def run(tool: Callable[[], int | None]) -> None:
     """Run a tool; end in one line and exit code 2 at a :class:`StartError`.
 
-    Any other exception keeps its traceback.
+    Otherwise the exit code is what the tool gives, None for 0. Any other
+    exception keeps its traceback.
     """
     code = 0
     try:
-        tool()
+        code = tool() or 0
     except StartError as error:
         if rank() > 0:
             # Process 0 meets the same error and tells it, and the launcher
@@ -91,6 +93,82 @@ def rank() -> int:
     return max(int(os.environ.get(name, 0)) for name in names)
 
 
+class _Options(DictAction):
+    """mmengine's reader of KEY=VALUE, and what it stumbles on.
+
+    Values may have blanks and be dicts, alone or in lists, as Python writes
+    them; all else is read as mmengine reads it.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Add the settings to those there are."""
+        options = dict(getattr(namespace, self.dest) or {})
+        for setting in values:
+            key, equals, text = setting.partition('=')
+            if not equals:
+                raise ValueError(f'{setting!r} has no =')
+            try:
+                options[key] = _read_value(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f'{setting[:80]}: {error}') from error
+        setattr(namespace, self.dest, options)
+
+
+def _read_value(text: str):
+    text = text.strip()
+    if re.search(r'\{|\bdict\(', text):
+        return _read_literal(text)
+    text = text.strip('\'"')
+    parts, kind = _split(text), list
+    if parts == [text]:
+        if text[:1] + text[-1:] not in ('()', '[]'):
+            return DictAction._parse_int_float_bool(text)
+        parts, kind = _split(text[1:-1]), list if text[0] == '[' else tuple
+    # A comma at the end is none.
+    return kind(map(_read_value, parts[: -1 if parts[-1] == '' else None]))
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that are in no bracket."""
+    parts, depth = [''], 0
+    for char in text:
+        depth += (char in '([') - (char in ')]')
+        if depth < 0:
+            break
+        if char == ',' and not depth:
+            parts.append('')
+        else:
+            parts[-1] += char
+    if depth:
+        raise ValueError(f'Imbalanced brackets in {text}')
+    return [part.strip() for part in parts]
+
+
+class _DictCalls(ast.NodeTransformer):
+    """Reads dict(a=1) as {'a': 1}."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: D102
+        self.generic_visit(node)
+        keys = [keyword.arg for keyword in node.keywords]
+        # Without a key it is **{...}.
+        named = not node.args and None not in keys
+        if getattr(node.func, 'id', None) != 'dict' or not named:
+            return node
+        values = [keyword.value for keyword in node.keywords]
+        return ast.Dict([ast.Constant(key) for key in keys], values)
+
+
+def _read_literal(text: str):
+    try:
+        tree = _DictCalls().visit(ast.parse(text, mode='eval'))
+        return ast.literal_eval(tree)
+    except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+        raise ValueError(
+            'a value with dicts must be written as in Python, strings in '
+            'quotes'
+        ) from error
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are a :class:`StartError`."""
 
@@ -99,10 +177,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             '--cfg-options',
             nargs='+',
-            action=DictAction,
+            action=_Options,
             metavar='KEY=VALUE',
             help='settings to override in the config; lists as key="[a,b]" '
-            'or key=a,b, nested ones as key="[(a,b),(c,d)]", without spaces',
+            'or key=a,b, nested ones as key="[(a,b),(c,d)]", dicts as '
+            'key="[dict(type=\'A\')]", with strings in quotes',
         )
 
     def add_tiles(self) -> None:
@@ -143,10 +222,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
     def parse_args(self, args=None, namespace=None):
-        """Parse; DictAction itself does not look for the '='."""
+        """Parse; what is wrong with a setting is said like all else."""
         try:
             return super().parse_args(args, namespace)
-        except (ValueError, AssertionError) as error:
+        except ValueError as error:
             raise StartError(
                 f'--cfg-options takes KEY=VALUE ...: {error}'
             ) from error
