@@ -2,6 +2,7 @@
 """The command of ``projects/mini_data``, whose description it prints."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -58,8 +59,10 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     sizes = {split: getattr(args, split) for split in SPLITS}
     try:
-        made = build(args.dataset, args.out.absolute(), args.seed, sizes)
-    except UserError as error:
+        # Where a link leads to, as a folder takes the place of no link.
+        out = Path(os.path.realpath(args.out))
+        made = build(args.dataset, out, args.seed, sizes)
+    except (UserError, OSError) as error:
         sys.exit(f'make_mini_data.py: {error}')
     state = 'made' if made else 'up to date'
     print(

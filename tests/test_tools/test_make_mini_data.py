@@ -365,6 +365,22 @@ def test_a_folder_of_somebody_else_is_refused(tool, tmp_path):
     assert file.read_text() == 'years of work'
 
 
+def test_a_link_is_followed(wider, tool, tmp_path):
+    """To a folder that is there or not; one to itself is said in a line."""
+    (tmp_path / 'there').mkdir()
+    for name in ('there', 'new/later'):
+        (tmp_path / 'link').symlink_to(tmp_path / name)
+        tool.main(['wider_face', '--out', str(tmp_path / 'link'), *ARGS])
+        assert contents(tmp_path / name) == contents(wider)
+        assert (tmp_path / 'link').is_symlink()
+        (tmp_path / 'link').unlink()
+    (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+    for out in ('loop', 'there/mini_data.json/x'):
+        with pytest.raises(SystemExit, match='make_mini_data.py: ') as error:
+            tool.main(['wider_face', '--out', str(tmp_path / out), *ARGS])
+        assert '\n' not in str(error.value)
+
+
 def test_an_empty_folder_is_taken(wider, tool, tmp_path):
     out = tmp_path / 'empty'
     out.mkdir()
