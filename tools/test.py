@@ -120,7 +120,14 @@ def main():
     cfg.resume = False
     if args.tta:
         set_tta(cfg)
+    if args.out:
+        checks.check_output('--out', args.out, folder=saver is None)
     runner = start.build_runner(runner_class, cfg, 'test')
+    pictures = runner.test_dataloader.dataset
+    if args.show_dir:
+        checks.check_names(pictures, '--show-dir')
+    if args.out and saver is None:
+        checks.check_names(pictures, '--out', suffix=False)
     if args.fuse:
         set_fuse(runner)
     if saver:

@@ -6,16 +6,24 @@ ends in a :class:`~polynl_mm.engine.cli.StartError`.
 
 from __future__ import annotations
 
+import codecs
 import os
+import random
 import re
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from inspect import getattr_static, signature
 from pkgutil import resolve_name
 
+import numpy as np
+import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from mmengine.runner import CheckpointLoader
+from torch.utils.data import DataLoader, Dataset
 
 from . import safe_load  # noqa: F401  (checkpoints of mmengine are read)
 from .cli import LAUNCHERS, StartError, rank, say
@@ -59,11 +67,13 @@ def check_data(cfg: Config, *phases: str) -> None:
             are passed over.
 
     Raises:
-        StartError: One is missing, or an annotation file is empty, or images
-            and labels do not fit.
+        StartError: One is missing, or an annotation file is empty or no text
+            that its data set can read, or images and labels do not fit, or a
+            transform that mixes pictures stands where there is one alone.
     """
     for phase in phases:
         for dataset in leaf_datasets(cfg.get(f'{phase}_dataloader') or {}):
+            _check_mixing(cfg, phase, dataset)
             root = dataset.get('data_root') or ''
             files = {'data_root': root}
             for key in ('ann_file', 'landmark_file'):
@@ -123,6 +133,34 @@ def _check_samples(
                 ) from error
 
 
+def _check_mixing(cfg: Config, phase: str, dataset: dict) -> None:
+    with TRANSFORMS.switch_scope_and_registry(
+        cfg.get('default_scope')
+    ) as registry:
+        kinds = [
+            registry.get(step['type'])
+            for step in dataset.get('pipeline') or []
+            if isinstance(step.get('type'), str)
+        ]
+    for kind in kinds:
+        # The method by which mmdet's wrapper and that of mmseg ask it for
+        # other samples; one with a cache takes them from there.
+        choices = (
+            getattr_static(kind, name, None)
+            for name in ('get_indexes', 'get_indices')
+        )
+        if any(
+            choose and 'dataset' in signature(choose).parameters
+            for choose in choices
+        ):
+            raise StartError(
+                f'config {cfg.filename}: {phase}_dataloader: {kind.__name__} '
+                'mixes several pictures: it belongs into the pipeline of a '
+                'MultiImageMixDataset around the data set, not into that of '
+                f'the {dataset.get("type")} itself'
+            )
+
+
 def _remote(owner: dict, *paths: str | None) -> bool:
     backend = (owner.get('backend_args') or {}).get('backend', 'local')
     return backend != 'local' or any('://' in (path or '') for path in paths)
@@ -139,10 +177,142 @@ def _check_path(
         raise StartError(
             f'config {cfg.filename}: {key}={path!r}: {full} does not exist'
         )
-    if key.endswith('_file') and os.path.getsize(full) == 0:
+    if not key.endswith('_file'):
+        return
+    where = f'config {cfg.filename}: {key}={path!r}: {full}'
+    if os.path.getsize(full) == 0:
+        raise StartError(f'{where} is empty')
+    # Our own readers say more, and pass over the mark.
+    if full.endswith(('.json', '.txt')) and not str(
+        owner.get('type')
+    ).startswith('polynl_mm.'):
+        _check_text(full, where)
+
+
+def _check_text(path: str, where: str) -> None:
+    with open(path, 'rb') as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
+                raise StartError(
+                    f'{where} begins with a byte order mark, which would be '
+                    'read as a part of its content: save it as UTF-8 without '
+                    'one'
+                )
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise StartError(
+                    f'{where}, line {number}: got {line[:80].strip()!r}, '
+                    'expected text in UTF-8'
+                ) from error
+
+
+def check_output(option: str, path: str, folder: bool = False) -> None:
+    """Check that results can be written, before any are computed.
+
+    Folders on the way are made. Process 0 looks, as it writes.
+
+    Args:
+        option (str): What asks for them, for the message.
+        path (str): A file, which is left as it is.
+        folder (bool): Whether it is a folder instead, which is made.
+
+    Raises:
+        StartError: They can not.
+    """
+    if rank() > 0:
+        return
+    try:
+        parent = path if folder else os.path.dirname(os.path.abspath(path))
+        os.makedirs(parent, exist_ok=True)
+        if folder:
+            tempfile.TemporaryFile(dir=parent).close()
+            return
+        there = os.path.lexists(path)
+        open(path, 'ab').close()
+        if not there:
+            os.remove(path)
+    except OSError as error:
         raise StartError(
-            f'config {cfg.filename}: {key}={path!r}: {full} is empty'
+            f'{option} {path} can not be written: {error.strerror}'
+        ) from error
+
+
+def check_names(dataset: Dataset, option: str, suffix: bool = True) -> None:
+    """Check that what is named as its picture has a name of its own.
+
+    Args:
+        dataset (Dataset): That of the test; one that can not tell its
+            pictures is passed over.
+        option (str): What asks for the files, for the message.
+        suffix (bool): Whether the name is that with the suffix.
+
+    Raises:
+        StartError: Two pictures, in different folders, would give one file.
+    """
+    if not hasattr(dataset, 'get_data_info'):
+        return
+    pictures = {}
+    for index in range(len(dataset)):
+        picture = dataset.get_data_info(index).get('img_path')
+        name = os.path.basename(picture or '')
+        name = name if suffix else os.path.splitext(name)[0]
+        other = pictures.setdefault(name, picture)
+        if other != picture:
+            raise StartError(
+                f'{option}: {other} and {picture} would both be written to '
+                f'one file {name}: test them one after the other'
+            )
+
+
+def check_loader(cfg: Config, phase: str, loader: DataLoader) -> None:
+    """Check what hosts ask of samples only when they are at work.
+
+    Args:
+        cfg (Config): The config.
+        phase (str): Of the loader: 'train', 'val' or 'test'.
+        loader (DataLoader): With at least one sample.
+
+    Raises:
+        StartError: A sample lacks it.
+    """
+    where = f'config {cfg.filename}: {phase}_dataloader'
+    dataset = loader.dataset
+    grouping = type(loader.batch_sampler).__name__
+    if grouping == 'AspectRatioBatchSampler' and not (
+        {'width', 'height'} <= dataset.get_data_info(0).keys()
+    ):
+        raise StartError(
+            f'{where}: {grouping} needs the width and height of pictures, '
+            f'which a {type(dataset).__name__} does not know before it loads '
+            f'them: set {phase}_dataloader.batch_sampler=None'
         )
+    host = HOSTS.get(cfg.get('default_scope'))
+    if phase == 'train' or host is None:
+        return
+    with _same_randomness():
+        packed = dataset[0].get('data_samples')
+    # Several with test-time augmentation.
+    packed = packed[0] if isinstance(packed, list) else packed
+    for key in host.meta_keys:
+        if packed is not None and key not in packed.metainfo:
+            raise StartError(
+                f'{where}: samples have no {key}, which '
+                f'{cfg.default_scope} needs to bring what it finds back to '
+                'the picture: meta_keys of the last transform must list it, '
+                "and a Resize, if only dict(type='Resize', scale_factor=1.0), "
+                'must stand in the pipeline'
+            )
+
+
+@contextmanager
+def _same_randomness() -> Iterator[None]:
+    """Leave the random numbers as they were, so that runs stay the same."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
 
 
 def check_exists(checkpoint: str) -> None:

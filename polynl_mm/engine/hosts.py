@@ -32,6 +32,7 @@ class Host:
             ``--show-dir``.
         inferencer: 'module:name' of the class that draws what a model finds.
         score_thr: Its argument for the least score of what is drawn, if any.
+        meta_keys: What its models need to know of a sample to predict.
         tta_defaults: Gives what ``--tta`` takes for the keys ``tta_model``
             and ``tta_pipeline`` where a config lacks them, given the config
             of a data set.
@@ -55,6 +56,7 @@ class Host:
     show_dir: str
     inferencer: str
     score_thr: str | None = None
+    meta_keys: tuple[str, ...] = ()
     tta_defaults: Callable[[dict], dict] = lambda dataset: {}
     set_up: str | None = None
     check_dataset: str | None = None
@@ -198,6 +200,7 @@ HOSTS = {
         show_dir='default_hooks.visualization.test_out_dir',
         inferencer='mmdet.apis:DetInferencer',
         score_thr='pred_score_thr',
+        meta_keys=('img_shape', 'ori_shape', 'scale_factor'),
         tta_defaults=_flip,
         set_up='mmdet.utils:setup_cache_size_limit_of_dynamo',
         check_train='polynl_mm.faces.head:check_batch_augments',
@@ -207,6 +210,7 @@ HOSTS = {
         out=_save_label_maps,
         show_dir='visualizer.save_dir',
         inferencer='mmseg.apis:MMSegInferencer',
+        meta_keys=('ori_shape',),
         check_dataset='polynl_mm.segmentation.labels:check_seg_data',
         check_test_cfg='polynl_mm.segmentation.windows:check_test_cfg',
     ),

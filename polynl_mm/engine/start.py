@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import traceback
+from datetime import timedelta
 from importlib.util import find_spec
 from pkgutil import resolve_name
 
@@ -15,8 +16,10 @@ from mmengine.dist import all_gather_object
 from mmengine.hooks import LoggerHook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch.distributed import constants
 
 from . import safe_load  # noqa: F401  (a runner reads checkpoints)
+from .checks import check_loader, check_output
 from .cli import LAUNCHERS, StartError
 from .hosts import HOSTS
 from .runner import GlooRunner
@@ -36,7 +39,7 @@ def read_config(path: str, options: dict | None = None) -> Config:
         raise StartError(f'config {path} does not exist')
     try:
         cfg = Config.fromfile(path)
-    except (OSError, ImportError, SyntaxError) as error:
+    except (OSError, ImportError, SyntaxError, UnicodeError) as error:
         raise StartError(f'config {path}: {error}') from error
     try:
         cfg.merge_from_dict(options or {})
@@ -141,15 +144,23 @@ def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
     """Build a runner of this kind and the data sets of these phases.
 
     Raises:
-        StartError: A data set is empty, a reader of this package says what
-            is wrong with its file, or some processes would resume and others
-            start anew.
+        StartError: The work directory can not be written, a data set is
+            empty or its samples lack what they are asked for, a reader of
+            this package says what is wrong with its file, or some processes
+            would resume and others start anew.
     """
+    check_output('work_dir', cfg.work_dir, folder=True)
     runner = kind.from_cfg(cfg)
     if len(set(all_gather_object(bool(cfg.get('resume'))))) > 1:
         raise StartError(
             f'--resume: some nodes have a checkpoint in {cfg.work_dir} and '
             'others not: put work_dir on a disk that all of them share'
+        )
+    if runner.distributed:
+        runner.logger.info(
+            'A process that is stopped, or whose machine is gone, ends the '
+            f'others after {_patience(cfg)}, when they have waited that long '
+            'for it (env_cfg.dist_cfg.timeout, in seconds)'
         )
     if runner.rank > 0:
         # mmengine lets every process write the test metrics, each with its
@@ -163,6 +174,8 @@ def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
         empty = f'config {cfg.filename}: {phase}_dataloader has no sample'
         try:
             loader = getattr(runner, f'{phase}_dataloader')
+            if len(loader.dataset) > 0:
+                check_loader(cfg, phase, loader)
         except (ValueError, FileNotFoundError) as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             # mmengine's BaseDataset stumbles when it packs an empty list.
@@ -174,3 +187,14 @@ def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
         if len(loader.dataset) == 0:
             raise StartError(empty)
     return runner
+
+
+def _patience(cfg: Config) -> timedelta:
+    """How long a process waits for the others."""
+    env = cfg.get('env_cfg') or {}
+    timeout = (env.get('dist_cfg') or {}).get('timeout')
+    if timeout is not None:
+        return timedelta(seconds=timeout)
+    if torch.distributed.get_backend() == 'nccl':
+        return constants.default_pg_nccl_timeout
+    return constants.default_pg_timeout
