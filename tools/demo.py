@@ -11,10 +11,14 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
     sys.path.insert(0, ROOT)
 
 import cv2
+import mmcv
+import numpy as np
+from rich.progress import track
 
 from polynl_mm.engine import checks, cli, start
 from polynl_mm.engine.cli import StartError
 from polynl_mm.engine.hosts import host_of, plain_loader
+from polynl_mm.faces.files import decode_picture
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
@@ -29,7 +33,7 @@ def parse_args():
         '--out',
         required=True,
         help='folder for the results: pictures in vis/, label maps of mmseg '
-        'in pred/',
+        'in pred/, by the number of the picture in the folder, from 0',
     )
     parser.add_argument(
         '--score-thr',
@@ -46,27 +50,46 @@ def parse_args():
 
 
 def find_images(path):
-    """Give the image or the images of the folder, all of them readable."""
+    """Give the image, or those of the folder that may be images."""
     path = Path(path)
     if not path.exists():
         raise StartError(f'{path} does not exist')
-    images = [path]
-    if path.is_dir():
-        images = [
-            file
-            for file in sorted(path.iterdir())
-            if file.suffix.lower() in SUFFIXES
-        ]
-        if not images:
-            raise StartError(f'{path} has no images ({", ".join(SUFFIXES)})')
-    for image in images:
-        if not cv2.haveImageReader(str(image)):
-            raise StartError(f'{image} is not an image that OpenCV can read')
-    return [str(image) for image in images]
+    if not path.is_dir():
+        check_image(path)
+        return [str(path)]
+    images = [
+        str(file)
+        for file in sorted(path.iterdir())
+        if file.is_file()
+        and (file.suffix.lower() in SUFFIXES or cv2.haveImageReader(str(file)))
+    ]
+    if not images:
+        raise StartError(f'{path} has no images ({", ".join(SUFFIXES)})')
+    return images
+
+
+def check_image(path):
+    """Decode an image as the hosts do, whose errors name no file.
+
+    Raises:
+        StartError: It is none, or none that they can draw on.
+    """
+    path = Path(path)
+    try:
+        pixels = decode_picture(path.read_bytes(), path, mmcv.imfrombytes)
+    except (OSError, ValueError) as error:
+        raise StartError(str(error)) from error
+    if pixels.dtype != np.uint8:
+        raise StartError(f'{path}: pixels are {pixels.dtype}, expected uint8')
+    if not cv2.haveImageWriter(path.name):
+        raise StartError(
+            f'{path}: the drawing would have this name, and OpenCV writes no '
+            f'{path.suffix or "file without suffix"}: rename it to .png'
+        )
 
 
 def main():
-    """Draw."""
+    """Draw; the exit code is 1 if some of the images could not be drawn."""
     args = parse_args()
     images = find_images(args.images)
     cfg = start.read_config(args.config, args.cfg_options)
@@ -80,10 +103,32 @@ def main():
     plain_loader(cfg)
     # Nothing but the pictures below is to be stored.
     cfg.visualizer.vis_backends = None
+    drawings = os.path.join(args.out, 'vis')
+    checks.check_output('--out', drawings, folder=True)
+    if os.path.samefile(drawings, os.path.dirname(images[0]) or '.'):
+        raise StartError(
+            f'--out {args.out}: the drawings in {drawings} would replace the '
+            'images'
+        )
     infer = inferencer(model=cfg, weights=args.checkpoint, device=args.device)
+    infer.show_progress = False
     options = {host.score_thr: args.score_thr} if host.score_thr else {}
-    infer(images, out_dir=args.out, **options)
-    print(f'{len(images)} pictures in {os.path.join(args.out, "vis")}')
+    bad = 0
+    for number, image in enumerate(track(images, 'Drawing')):
+        # One by one, as the hosts keep the results of all that they are given.
+        try:
+            check_image(image)
+        except StartError as error:
+            bad += 1
+            cli.say(f'not drawn: {error}')
+            continue
+        # By which mmseg names a label map.
+        infer.num_pred_imgs = number
+        infer(image, out_dir=args.out, **options)
+    print(f'{len(images) - bad} pictures in {drawings}')
+    if bad:
+        cli.say(f'{bad} of {len(images)} pictures could not be drawn')
+    return min(bad, 1)
 
 
 if __name__ == '__main__':

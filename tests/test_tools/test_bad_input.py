@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import runpy
 import shutil
 import sys
@@ -136,6 +137,17 @@ def test_cfg_options_that_fit_nowhere(refuse, option):
     assert 'does not fit config det.py' in line and option[:10] in line
 
 
+def test_cfg_options_with_half_a_dict(refuse):
+    option = 'train_dataloader.dataset.pipeline=[dict(type=A)]'
+    line = refuse('train', 'det.py', '--cfg-options', option)
+    assert option in line and 'strings in quotes' in line
+
+
+def test_config_in_another_encoding(here, refuse):
+    (here / 'mine.py').write_bytes("a = '\u9762\u5b54'".encode('gbk'))
+    assert "config mine.py: 'utf-8' codec" in refuse('train', 'mine.py')
+
+
 def test_config_no_python(here, refuse):
     config = write(here, 'mine.py', 'a = (1,\n')
     assert 'mine.py' in refuse('train', config)
@@ -192,12 +204,18 @@ def test_auto_scale_lr_without_a_base(refuse):
     [
         ('gone', 'gone does not exist'),
         ('data', 'data has no images'),
-        ('det.py', 'det.py is not an image'),
+        ('det.py', 'det.py: not a readable picture'),
     ],
 )
 def test_demo_without_images(refuse, weights, images, said):
     args = (images, 'det.py', weights(), '--out', 'out')
     assert refuse('demo', *args).startswith(said)
+
+
+def test_demo_over_the_images(here, refuse, weights):
+    (here / 'data/det/img').rename(here / 'vis')
+    args = ('vis', 'det.py', weights(), '--out', '.')
+    assert 'would replace the images' in refuse('demo', *args)
 
 
 def test_demo_of_no_known_host(refuse, weights):
@@ -500,6 +518,67 @@ def test_part_of_the_images(here, refuse):
     assert line.endswith('image data/seg/img/3.png does not exist')
 
 
+@pytest.mark.parametrize(
+    'host, name, content, said',
+    [
+        ('seg', 'some.txt', b'0\n\xc3\xe6\n', ", line 2: got b'\\xc3\\xe6', "),
+        ('seg', 'some.txt', b'\xef\xbb\xbf0\n', ' begins with a byte order'),
+        ('det', 'some.json', b'\xef\xbb\xbf{}', ' begins with a byte order'),
+        ('det', 'some.json', b'{"a": "\xc3\xe6"}', ', line 1: got '),
+    ],
+)
+def test_annotation_in_another_encoding(
+    here, refuse, host, name, content, said
+):
+    (here / f'data/{host}' / name).write_bytes(content)
+    option = f'train_dataloader.dataset.ann_file={name}'
+    line = refuse('train', f'{host}.py', '--cfg-options', option)
+    assert f'{here}/data/{host}/{name}{said}' in line and 'UTF-8' in line
+
+
+def test_mosaic_of_a_single_picture(refuse):
+    load = "dict(type='LoadImageFromFile')"
+    line = refuse(
+        *('train', 'det.py', '--cfg-options'),
+        f"train_dataloader.dataset.pipeline=[{load}, dict(type='Mosaic')]",
+    )
+    assert 'train_dataloader: Mosaic mixes several pictures' in line
+    assert 'MultiImageMixDataset around the data set' in line
+
+
+def test_no_resize_to_test_with(refuse, weights):
+    """What mmdet's heads would say when the first batch is done."""
+    line = refuse(
+        *('test', 'det.py', weights(), '--cfg-options'),
+        "test_dataloader.dataset.pipeline=[dict(type='LoadImageFromFile'), "
+        "dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', "
+        "'ori_shape', 'img_shape'))]",
+        work_dir_made=True,
+    )
+    assert line.startswith(
+        'config det.py: test_dataloader: samples have no scale_factor'
+    )
+    assert "dict(type='Resize', scale_factor=1.0)" in line
+
+
+def test_the_look_at_a_sample_leaves_the_random_numbers(here):
+    class Loader:
+        batch_sampler = None
+
+        class dataset:
+            def __class_getitem__(cls, index):
+                random.random(), np.random.rand(), torch.rand(1)
+                return {}
+
+    before = random.getstate(), np.random.rand(0), torch.get_rng_state()
+    numbers = np.random.get_state()[2]
+    cfg = Config.fromfile('det.py')
+    checks.check_loader(cfg, 'test', Loader)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[2] == numbers
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
 def test_photograph_that_was_turned(here):
     """A header says how to turn a JPEG, and the hosts turn it."""
     picture = Image.fromarray(np.zeros((48, 64, 3), np.uint8))
@@ -663,6 +742,25 @@ def test_annotation_of_ours_does_not_fit(here, refuse, face, says):
     )
     line = refuse('train', config, work_dir_made=True)
     assert line.startswith(says)
+
+
+def test_pictures_of_unknown_size_are_not_grouped(here, refuse):
+    os.makedirs('data/det/img/x')
+    shutil.copy('data/det/img/0.png', 'data/det/img/x/0.png')
+    write(here, 'data/faces.txt', 'x/0.png\n1\n1 2 30 40 0 0 0 0 0 0\n')
+    config = write(
+        here,
+        'wider.py',
+        "_base_ = 'det.py'\n"
+        'train_dataloader = dict(dataset=dict(_delete_=True, '
+        "type='polynl_mm.WiderFaceDataset', data_root='data', "
+        "ann_file='faces.txt', data_prefix=dict(img='det/img'), "
+        'pipeline=[]))',
+    )
+    line = refuse('train', config, work_dir_made=True)
+    assert 'train_dataloader: AspectRatioBatchSampler needs the width' in line
+    assert 'a WiderFaceDataset does not know' in line
+    assert line.endswith('set train_dataloader.batch_sampler=None')
 
 
 def test_no_sample(here, refuse):
@@ -923,6 +1021,57 @@ def test_fine_tuning_may_lack_keys(here):
 def test_options_of_test(refuse, weights, host, options, said):
     line = refuse('test', f'{host}.py', weights(host=host), *options)
     assert said in line
+
+
+@pytest.mark.parametrize(
+    'host, out', [('det', 'det.py/o.pkl'), ('det', 'o.pkl'), ('seg', 'o/x')]
+)
+def test_results_that_can_not_be_written(here, refuse, weights, host, out):
+    """Said before the evaluation, not after it."""
+    if out == 'o.pkl':
+        (here / out).mkdir()
+    elif host == 'seg':
+        write(here, 'o', '')
+    line = refuse('test', f'{host}.py', weights(host=host), '--out', out)
+    assert line.startswith(f'--out {out} can not be written: ')
+
+
+def test_work_dir_that_can_not_be_made(refuse, weights):
+    args = ('test', 'det.py', weights(), '--work-dir', 'seg.py/work')
+    assert refuse(*args).startswith('work_dir seg.py/work can not be written')
+
+
+@pytest.mark.parametrize(
+    'host, option',
+    [('det', '--show-dir'), ('seg', '--show-dir'), ('seg', '--out')],
+)
+def test_two_pictures_of_one_name(here, refuse, weights, host, option):
+    """Both hosts name a drawing, mmseg a label map, as the picture alone."""
+    pictures = [f'data/{host}/img/{folder}/0.png' for folder in 'ab']
+    for folder in 'ab':
+        for part in ('img', 'ann')[: 1 + (host == 'seg')]:
+            os.makedirs(f'data/{host}/{part}/{folder}')
+            shutil.copy(
+                f'data/{host}/{part}/0.png', f'data/{host}/{part}/{folder}'
+            )
+    if host == 'det':
+        coco = json.loads((here / 'data/det/ann.json').read_text())
+        for image, name in zip(coco['images'], ('a/0.png', 'b/0.png')):
+            image['file_name'] = name
+        write(here, 'data/det/ann.json', json.dumps(coco))
+    else:
+        os.remove('data/seg/img/0.png')
+        os.remove('data/seg/ann/0.png')
+    # A logger is kept by config and second, mmseg's visualizer anyway, with
+    # its folder.
+    config = write(here, f'mine{option}.py', f"_base_ = '{host}.py'")
+    args = ('test', config, weights(host=host), option, here / 'o')
+    line = refuse(*args, work_dir_made=True)
+    name = '0' if option == '--out' else '0.png'
+    assert line == (
+        f'{option}: {pictures[0]} and {pictures[1]} would both be written to '
+        f'one file {name}: test them one after the other'
+    )
 
 
 # A distributed job

@@ -9,9 +9,11 @@ import pytest
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
 
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
+from mmseg.apis import MMSegInferencer  # noqa: E402
 
 from polynl_mm.engine import cli  # noqa: E402
 from polynl_mm.faces.visualizer import FaceVisualizer  # noqa: E402
@@ -51,3 +53,76 @@ def test_faces_with_landmarks(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(FaceVisualizer, 'draw_points', lambda *_, **__: None)
     cli.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
     assert (cv2.imread('out/vis/some.png') != drawn).any()
+
+
+def test_a_folder_of_which_some_are_no_pictures(
+    place, tmp_path, monkeypatch, capfd
+):
+    """Each is named and counted, the rest is drawn, and memory is bounded."""
+    cfg = Config.fromfile(place / 'seg.py')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model)
+    meta = dict(classes=('a', 'b'), palette=[[0] * 3, [255] * 3])
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=meta)),
+        tmp_path / 'some.pth',
+    )
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    cv2.imwrite(str(folder / 'a.png'), image)
+    cv2.imwrite(str(folder / 'z.jpg'), image)
+    png, jpg = ((folder / name).read_bytes() for name in ('a.png', 'z.jpg'))
+    bad = {
+        'broken.png': png[: len(png) // 2] + bytes(len(png) // 2),
+        'cut.jpg': jpg[: len(jpg) // 2],
+        'float.tiff': cv2.imencode('.tiff', image / np.float32(255))[1],
+        'none': png,
+        'zero.png': b'',
+    }
+    for name, content in bad.items():
+        (folder / name).write_bytes(bytes(content))
+    (folder / 'notes.txt').write_text('no picture, and no suffix of one')
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.path', __import__('sys').path[:])
+    args = [place / 'seg.py', 'some.pth', '--out', 'out']
+    monkeypatch.setattr('sys.argv', ['demo.py', 'pictures', *map(str, args)])
+    seen = []
+    call = MMSegInferencer.__call__
+
+    def spy(self, inputs, *args, **kwargs):
+        seen.append((inputs, sorted(map(str, Path('out').rglob('*.*')))))
+        return call(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(MMSegInferencer, '__call__', spy)
+    with pytest.raises(SystemExit) as caught:
+        cli.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
+    assert caught.value.code == 1
+    out, err = capfd.readouterr()
+    assert '2 pictures in out/vis' in out
+    lines = [line for line in err.splitlines() if line.startswith('demo.py:')]
+    assert [line.split(': ')[2].split('/')[-1] for line in lines[:-1]] == [
+        *bad
+    ]
+    assert lines[-1] == 'demo.py: 5 of 7 pictures could not be drawn'
+    # The results of one are on the disk before the next one is begun.
+    assert seen == [
+        ('pictures/a.png', []),
+        ('pictures/z.jpg', ['out/pred/00000000_pred.png', 'out/vis/a.png']),
+    ]
+    assert sorted(p.name for p in Path('out').rglob('*.*')) == [
+        '00000000_pred.png',
+        '00000005_pred.png',
+        'a.png',
+        'z.jpg',
+    ]
+    # One that is asked for alone is refused before anything is made.
+    for name in bad:
+        monkeypatch.setattr(
+            'sys.argv', ['demo.py', f'pictures/{name}', *map(str, args)]
+        )
+        with pytest.raises(SystemExit) as caught:
+            cli.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
+        assert caught.value.code == 2
+        assert f'error: pictures/{name}: ' in capfd.readouterr().err
