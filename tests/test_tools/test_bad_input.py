@@ -763,6 +763,54 @@ def test_pictures_of_unknown_size_are_not_grouped(here, refuse):
     assert line.endswith('set train_dataloader.batch_sampler=None')
 
 
+WIDER_TEST = """
+_base_ = 'det.py'
+model = dict(bbox_head=dict(num_classes=1))
+test_dataloader = dict(dataset=dict(
+    _delete_=True, type='polynl_mm.WiderFaceDataset', data_root='data/det',
+    ann_file='list.txt', data_prefix=dict(img='img'), test_mode=True,
+    pipeline={{_base_.val_dataloader.dataset.pipeline}}))
+test_evaluator = dict(
+    _delete_=True, type='polynl_mm.WiderFaceMetric', gt_dir=None,
+    out_dir='found')
+"""
+
+
+def test_predictions_of_a_list_that_find_wrote(
+    here, refuse, weights, monkeypatch
+):
+    """They lie in out_dir, and nothing lies beside the pictures."""
+    os.makedirs('data/det/img/0--Parade')
+    names = [f'0--Parade/{i}.png' for i in range(2)]
+    for i, name in enumerate(names):
+        shutil.copy(f'data/det/img/{i}.png', f'data/det/img/{name}')
+    before = sorted(here.glob('data/**/*'))
+    lines = [f'{here}/data/det/img/{name}' for name in names]
+    write(here, 'data/det/list.txt', '\n'.join(lines))
+
+    def one_class(state):
+        for key in ('weight', 'bias'):
+            key = f'bbox_head.retina_cls.{key}'
+            state[key] = state[key][: len(state[key]) // 2]
+
+    config = write(here, 'listed.py', WIDER_TEST)
+    checkpoint = weights(one_class)
+    monkeypatch.setattr('sys.argv', ['test.py', config, checkpoint])
+    cli.run(runpy.run_path(str(TOOLS / 'test.py'))['main'])
+    for name in names:
+        text = (here / 'found' / name).with_suffix('.txt').read_text()
+        assert text.splitlines()[0] == name.replace('.png', '.jpg')
+    after = set(here.glob('data/**/*'))
+    assert after.difference(before) == {here / 'data/det/list.txt'}
+
+    for name in ('/elsewhere/0--Parade/0.png', '../0--Parade/0.png'):
+        write(here, 'data/det/list.txt', f'{lines[0]}\n{name}\n')
+        # mmengine keeps a logger by config and second, and its stream.
+        config = write(here, f'list{len(name)}.py', WIDER_TEST)
+        line = refuse('test', config, checkpoint, work_dir_made=True)
+        assert line.startswith(f'data/det/list.txt, line 2: got {name!r}')
+
+
 def test_no_sample(here, refuse):
     path = here / 'data/det/ann.json'
     coco = json.loads(path.read_text())
