@@ -21,6 +21,7 @@ import torch
 from mmengine import registry as root
 from mmengine.model import BaseModel
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .registry import MODELS
@@ -108,6 +109,13 @@ def insert_blocks(model: nn.Module, blocks: list[dict]) -> nn.Module:
             image reaches the place (backbones, and necks behind them),
             otherwise at the first forward.
     """
+    if not isinstance(blocks, (list, tuple)) or not all(
+        isinstance(entry, dict) for entry in blocks
+    ):
+        raise ValueError(
+            'blocks must be a list of dicts, such as dict(after=..., cfg='
+            f'dict(type=...)), got {blocks!r}'
+        )
     if not blocks:
         return model
     names = dict(model.named_modules(remove_duplicate=False))
@@ -204,9 +212,19 @@ def _paths(index: int, entry: dict, names: dict) -> list[str]:
             f'{where} must have the keys after and cfg, and may have item; '
             f'unknown: {unknown}, missing: {missing}'
         )
-    if not isinstance(entry['after'], str) or 'type' not in entry['cfg']:
+    after, cfg, item = (entry.get(key) for key in _ENTRY_KEYS)
+    if (
+        not isinstance(after, str)
+        or not isinstance(cfg, dict)
+        or not (isinstance(cfg.get('type'), str) or callable(cfg.get('type')))
+        or not (item is None or type(item) is int)
+        or not isinstance(cfg.get('postfix', ''), (int, str))
+        or '.' in str(cfg.get('postfix', ''))
+    ):
         raise ValueError(
-            f'{where}: after must be a path, and cfg a dict with a type'
+            f'{where}: after must be a path, cfg a dict with a type, which '
+            'may have a postfix (a number, or text without a dot), and item '
+            'a number'
         )
     parts = entry['after'].split('.')
     matched = [
@@ -356,7 +374,12 @@ def _build(
     # What only blocks from a config need: mmcv.
     from mmcv.cnn import build_plugin_layer
 
-    name, block = build_plugin_layer(cfg, postfix)
+    try:
+        name, block = build_plugin_layer(cfg, postfix)
+    except TypeError as error:
+        raise ValueError(
+            f'{cfg} can not be built after {path!r}: {error}'
+        ) from error
     norm = norms_of_convs(owner).get(path.rpartition('.')[2])
     hook = _Hook(
         name,
@@ -523,6 +546,12 @@ def _is_size(value) -> bool:
 def _feature(path: str, item: int | None, output) -> int:
     """Index of the feature among the items of an output."""
     items = _items(output)
+    if any(isinstance(value, Proxy) for value in items):
+        raise ValueError(
+            f'symbolic tracing by torch.fx shows no shapes, which the block '
+            f'after {path!r} has to see: make that module a leaf of the '
+            'tracer (is_leaf_module), or trace by torch.export.export'
+        )
     if item is not None:
         if -len(items) <= item < len(items) and _is_feature(items[item]):
             return item

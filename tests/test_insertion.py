@@ -478,6 +478,29 @@ def test_trace():
     assert_close(traced(x), model(x))
 
 
+def test_symbolic_trace_of_what_has_no_shapes():
+    """Of a leaf nothing is asked; in any other module it is said in a line."""
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()))
+    insert_blocks(model, [dict(after='0.0', cfg=POLY)])
+    x = torch.randn(2, 3, 6, 5)
+    assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    model = nn.Sequential(Block())
+    cfg = dict(POLY, in_channels=8)
+    insert_blocks(model, [dict(after='0', cfg=cfg)])
+    with pytest.raises(ValueError, match="shapes.* after '0'.*leaf") as error:
+        torch.fx.symbolic_trace(model)
+    assert '\n' not in str(error.value)
+
+
 @pytest.mark.parametrize('static', [False, True])
 def test_distributed(static, tmp_path):
     alone = resnet(training=True)
@@ -737,6 +760,18 @@ def test_channels_that_are_stated():
         (dict(cfg=POLY), r'blocks\[0\].*missing: \[.after.\]'),
         (dict(after='layer3.5', cfg=POLY, at=1), r'unknown: \[.at.\]'),
         (dict(after=3, cfg=POLY), 'after must be a path'),
+        (3, 'blocks must be a list of dicts.*got .3'),
+        ('layer3.5', 'blocks must be a list of dicts'),
+        (dict(after='layer3.5', cfg=3), 'cfg a dict with a type'),
+        (dict(after='layer3.5', cfg='type'), 'cfg a dict with a type'),
+        (dict(after='layer3.5', cfg=dict(type=3)), 'cfg a dict with a type'),
+        (dict(after='layer3.5', cfg=POLY, item='0'), 'item a number'),
+        (dict(after='layer3.5', cfg=dict(POLY, postfix=0.5)), 'a postfix'),
+        (dict(after='layer3.5', cfg=dict(POLY, postfix='a.b')), 'a postfix'),
+        (
+            dict(after='layer3.5', cfg=dict(POLY, foo=1)),
+            "can not be built after 'layer3.5': .* argument 'foo'",
+        ),
         (dict(after='layer3.5', cfg=dict(in_channels=8)), 'dict with a type'),
         (dict(after='layer3.6', cfg=POLY), r"'layer3.6' in ResNet.*layer3.5"),
         (dict(after='layer9.*', cfg=POLY), r"no module 'layer9.\*'"),
