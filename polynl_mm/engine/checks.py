@@ -11,6 +11,7 @@ import os
 import random
 import re
 import tempfile
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,28 @@ from . import safe_load  # noqa: F401  (checkpoints of mmengine are read)
 from .cli import LAUNCHERS, StartError, rank, say
 from .heads import check_heads
 from .hosts import HOSTS
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@contextmanager
+def our_errors(where: str = '') -> Iterator[None]:
+    """Let what this package finds wrong in a config or a file end in a line.
+
+    Args:
+        where (str): What the line begins with.
+
+    Raises:
+        StartError: For a ValueError or OSError that code of this package has
+            raised. That of a host keeps its traceback.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if not frame.filename.startswith(_PACKAGE + os.sep):
+            raise
+        raise StartError(f'{where}{error}') from error
 
 
 def require(cfg: Config, *keys: str) -> None:
@@ -391,7 +414,10 @@ def _misfits(cfg: Config, state_dict: dict) -> list[str]:
     model_cfg = deepcopy(cfg.model)
     if cfg.get('data_preprocessor') is not None:
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+    with (
+        our_errors(f'config {cfg.filename}: '),
+        DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
+    ):
         model = MODELS.build(model_cfg)
     # Some modules read an old checkpoint by the versions in here.
     versions = getattr(state_dict, '_metadata', OrderedDict())

@@ -19,12 +19,10 @@ from mmengine.runner import Runner
 from torch.distributed import constants
 
 from . import safe_load  # noqa: F401  (a runner reads checkpoints)
-from .checks import check_loader, check_output
+from .checks import check_loader, check_output, our_errors
 from .cli import LAUNCHERS, StartError
 from .hosts import HOSTS
 from .runner import GlooRunner
-
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def read_config(path: str, options: dict | None = None) -> Config:
@@ -150,7 +148,8 @@ def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
             would resume and others start anew.
     """
     check_output('work_dir', cfg.work_dir, folder=True)
-    runner = kind.from_cfg(cfg)
+    with our_errors(f'config {cfg.filename}: '):
+        runner = kind.from_cfg(cfg)
     if len(set(all_gather_object(bool(cfg.get('resume'))))) > 1:
         raise StartError(
             f'--resume: some nodes have a checkpoint in {cfg.work_dir} and '
@@ -173,19 +172,22 @@ def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
             continue
         empty = f'config {cfg.filename}: {phase}_dataloader has no sample'
         try:
-            loader = getattr(runner, f'{phase}_dataloader')
-            if len(loader.dataset) > 0:
-                check_loader(cfg, phase, loader)
-        except (ValueError, FileNotFoundError) as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
+            with our_errors():
+                loader = getattr(runner, f'{phase}_dataloader')
+        except ValueError as error:
             # mmengine's BaseDataset stumbles when it packs an empty list.
-            if where.name == '_serialize_data':
+            if traceback.extract_tb(error.__traceback__)[-1].name == (
+                '_serialize_data'
+            ):
                 raise StartError(empty) from error
-            if where.filename.startswith(_PACKAGE + os.sep):
-                raise StartError(str(error)) from error
             raise
         if len(loader.dataset) == 0:
             raise StartError(empty)
+        with our_errors():
+            check_loader(cfg, phase, loader)
+            if phase != 'train':
+                # Built now, so that it is not refused after the training.
+                getattr(runner, f'{phase}_evaluator')
     return runner
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,9 +83,13 @@ class WiderFaceMetric(BaseMetric):
         self.gt = None if gt_dir is None else load_wider_face_gt(gt_dir)
         self._images = frozenset(self.gt.images if self.gt else ())
         if out_dir is not None:
-            os.makedirs(out_dir, exist_ok=True)
-            if not os.access(out_dir, os.W_OK):
-                raise PermissionError(f'out_dir={out_dir} can not be written')
+            try:
+                os.makedirs(out_dir, exist_ok=True)
+                tempfile.TemporaryFile(dir=out_dir).close()
+            except OSError as error:
+                raise OSError(
+                    f'out_dir={out_dir} can not be written: {error.strerror}'
+                ) from error
         self.out_dir = out_dir
         self.missing_as_empty = missing_as_empty
 

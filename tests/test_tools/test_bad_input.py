@@ -773,6 +773,7 @@ test_dataloader = dict(dataset=dict(
 test_evaluator = dict(
     _delete_=True, type='polynl_mm.WiderFaceMetric', gt_dir=None,
     out_dir='found')
+val_evaluator = test_evaluator
 """
 
 
@@ -809,6 +810,26 @@ def test_predictions_of_a_list_that_find_wrote(
         config = write(here, f'list{len(name)}.py', WIDER_TEST)
         line = refuse('test', config, checkpoint, work_dir_made=True)
         assert line.startswith(f'data/det/list.txt, line 2: got {name!r}')
+
+
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_block_that_can_not_be_inserted(refuse, weights, tool):
+    checkpoint = [weights()] * (tool == 'test')
+    line = refuse(
+        *(tool, 'det.py', *checkpoint, '--cfg-options'),
+        'model.backbone.blocks=[layer3]',
+        work_dir_made=True,
+    )
+    assert line.startswith('config det.py: blocks must be a list of dicts')
+
+
+def test_folder_for_predictions_that_can_not_be_made(here, refuse):
+    config = write(here, 'metric.py', WIDER_TEST)
+    line = refuse(
+        *('train', config, '--cfg-options', 'val_evaluator.out_dir=det.py'),
+        work_dir_made=True,
+    )
+    assert line == 'out_dir=det.py can not be written: File exists'
 
 
 def test_no_sample(here, refuse):
