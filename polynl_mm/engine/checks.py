@@ -317,8 +317,10 @@ def check_loader(cfg: Config, phase: str, loader: DataLoader) -> None:
         packed = dataset[0].get('data_samples')
     # Several with test-time augmentation.
     packed = packed[0] if isinstance(packed, list) else packed
+    if not isinstance(packed, resolve_name(host.sample)):
+        return
     for key in host.meta_keys:
-        if packed is not None and key not in packed.metainfo:
+        if key not in packed.metainfo:
             raise StartError(
                 f'{where}: samples have no {key}, which '
                 f'{cfg.default_scope} needs to bring what it finds back to '

@@ -140,7 +140,7 @@ def _split(text: str) -> list[str]:
         else:
             parts[-1] += char
     if depth:
-        raise ValueError(f'Imbalanced brackets in {text}')
+        raise ValueError(f'Imbalanced brackets in {text[:80]}')
     return [part.strip() for part in parts]
 
 

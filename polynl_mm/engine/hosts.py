@@ -32,7 +32,8 @@ class Host:
             ``--show-dir``.
         inferencer: 'module:name' of the class that draws what a model finds.
         score_thr: Its argument for the least score of what is drawn, if any.
-        meta_keys: What its models need to know of a sample to predict.
+        sample: 'module:name' of what a pipeline packs a picture into.
+        meta_keys: What such a sample has to know for a prediction.
         tta_defaults: Gives what ``--tta`` takes for the keys ``tta_model``
             and ``tta_pipeline`` where a config lacks them, given the config
             of a data set.
@@ -55,8 +56,9 @@ class Host:
     out: Callable[[Config, str], dict | None]
     show_dir: str
     inferencer: str
+    sample: str
+    meta_keys: tuple[str, ...]
     score_thr: str | None = None
-    meta_keys: tuple[str, ...] = ()
     tta_defaults: Callable[[dict], dict] = lambda dataset: {}
     set_up: str | None = None
     check_dataset: str | None = None
@@ -200,6 +202,7 @@ HOSTS = {
         show_dir='default_hooks.visualization.test_out_dir',
         inferencer='mmdet.apis:DetInferencer',
         score_thr='pred_score_thr',
+        sample='mmdet.structures:DetDataSample',
         meta_keys=('img_shape', 'ori_shape', 'scale_factor'),
         tta_defaults=_flip,
         set_up='mmdet.utils:setup_cache_size_limit_of_dynamo',
@@ -210,6 +213,7 @@ HOSTS = {
         out=_save_label_maps,
         show_dir='visualizer.save_dir',
         inferencer='mmseg.apis:MMSegInferencer',
+        sample='mmseg.structures:SegDataSample',
         meta_keys=('ori_shape',),
         check_dataset='polynl_mm.segmentation.labels:check_seg_data',
         check_test_cfg='polynl_mm.segmentation.windows:check_test_cfg',

@@ -414,6 +414,9 @@ def test_the_end_of_a_jpeg(options):
     for size in range(2, len(whole)):
         with pytest.raises(ValueError, match=f'truncated, {size} bytes'):
             decode(whole[:size])
+    # Nor an end without a scan before it.
+    with pytest.raises(ValueError, match='truncated, 4 bytes'):
+        decode(b'\xff\xd8\xff\xd9')
 
 
 # Prediction files
