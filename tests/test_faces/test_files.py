@@ -1,7 +1,6 @@
 """The readers of the official files, and what they say of broken ones."""
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -486,13 +485,14 @@ def test_written_files_read_as_the_same_numbers(three, tmp_path):
     )
 
 
-@pytest.mark.parametrize('image', ('../escaped', '/tmp/abs/x', 'a/../../x'))
+@pytest.mark.parametrize('image', ('../escaped', '{}/abs/x', 'a/../../x'))
 def test_predictions_stay_in_their_folder(tmp_path, image):
+    image = image.format(tmp_path)
     rows = np.zeros((1, 5))
     with pytest.raises(ValueError, match='outside') as error:
         write_predictions(tmp_path / 'out', {'a/b': rows, image: rows})
     assert repr(image) in str(error.value)
-    assert not any(tmp_path.rglob('*.txt')) and not os.path.exists('/tmp/abs')
+    assert not any(tmp_path.rglob('*.txt'))
 
 
 @pytest.mark.parametrize('what', ('event', 'a/b.txt'))
