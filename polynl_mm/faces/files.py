@@ -139,11 +139,13 @@ class _Lines:
 def is_picture(text: str) -> bool:
     """Whether a text reads ``event/name.jpg``, as WIDER Face names them.
 
-    A name that would lead out of the picture folder is none.
+    A name that would lead out of the picture folder is none, nor is one that
+    is longer than any.
     """
     parts = text.split('/')
     return (
         len(parts) > 1
+        and len(text) <= 1000
         and parts[-1].lower().endswith(_IMAGE_SUFFIXES)
         and not {'', '.', '..'}.intersection(parts)
         and not {'\0', _UNDECODED}.intersection(text)
@@ -778,8 +780,8 @@ def _defect(lines: list[str]) -> str:
             return _at(number, lines, f'5 finite numbers, {PREDICTION}')
         found += 1
     return (
-        f', line 2: says {count} detections, expected {found}, as many as '
-        f'follow'
+        f', line 2: says {str(count)[:80]} detections, expected {found}, as '
+        f'many as follow'
     )
 
 

@@ -116,7 +116,7 @@ JPEGS = pictures(
     ('jpeg', 'L', dict(progressive=True)),
     ('jpeg', 'RGB', dict(restart_marker_blocks=1, comment=b'\xff\xd9')),
 )
-PNGS = pictures(('png', 'L', {}), ('png', 'P', {}), ('jpeg', 'L', {}))
+PNGS = pictures(('png', 'L', {}), ('png', 'P', {}))
 PREDICTIONS = (
     b'a/b.jpg\n2\n1 2 3 4 0.5\n-1.5e1 10. .5 +20 -7.25\n',
     b'a\r\n 0 \r\n\r\n',
