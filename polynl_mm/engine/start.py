@@ -185,9 +185,6 @@ def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
             raise StartError(empty)
         with our_errors():
             check_loader(cfg, phase, loader)
-            if phase != 'train':
-                # Built now, so that it is not refused after the training.
-                getattr(runner, f'{phase}_evaluator')
     return runner
 
 
