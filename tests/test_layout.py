@@ -15,8 +15,10 @@ PACKAGE = ROOT / 'polynl_mm'
 
 LAYER = {'ops', 'padding', 'layers', 'registry'}
 BLOCK = LAYER | {'context', 'samples', 'plugins', 'insertion', 'fusion'}
+BLOCK |= {'limits'}
 # Which other rooms each may import. One task never imports another.
 MAY_IMPORT = {
+    'limits': set(),
     'ops': set(),
     'padding': {'ops'},
     'layers': {'ops', 'padding'},

@@ -1,0 +1,101 @@
+"""Files of others cost no more than they should: memory, time, pixels.
+
+A reader of a damaged or malicious file may crash, hang, or ask for any memory.
+No look at the file beforehand finds all of that, so that it is read in a child
+process first.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+
+MB = 2**20
+# Elsewhere a child must import everything anew.
+_START = 'fork' if sys.platform == 'linux' else 'spawn'
+
+
+def call_in_child(read: Callable, *args, memory: int, seconds: float):
+    """Call a function in a child process that may do harm to itself only.
+
+    Args:
+        read (Callable): Of a module. It must not need a GPU.
+        args: Its arguments.
+        memory (int): Bytes that it may take beside those of this process; on
+            Linux only, elsewhere it is not limited.
+        seconds (float): Time that it may take.
+
+    Returns:
+        What it gives; must be picklable.
+
+    Raises:
+        ValueError: It raised, with the text of that error; or it crashed, or
+            took too long or too much memory, which the message says.
+    """
+    # Here, as looking up any polynl_mm type imports this module.
+    import multiprocessing
+
+    context = multiprocessing.get_context(_START)
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_call, args=(theirs, read, args, memory), daemon=True
+    )
+    with warnings.catch_warnings():
+        # Python 3.12 warns of a fork beside threads. The child waits for none.
+        warnings.simplefilter('ignore', DeprecationWarning)
+        child.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            raise ValueError(f'reading it takes more than {seconds:g} s')
+        done, value = ours.recv()
+    except EOFError:
+        child.join()
+        name = (
+            signal.Signals(-child.exitcode).name
+            if child.exitcode < 0
+            else f'code {child.exitcode}'
+        )
+        raise ValueError(f'reading it ends in {name}') from None
+    finally:
+        child.kill()
+        child.join()
+        ours.close()
+    if not done:
+        raise ValueError(value)
+    return value
+
+
+def _call(pipe, read: Callable, args: tuple, memory: int) -> None:
+    # How it ends is for the parent to tell, in a line.
+    faulthandler.disable()
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    if sys.platform == 'linux':
+        _limit(memory)
+    try:
+        result = True, read(*args)
+    except Exception as error:
+        result = False, str(error)
+        # The latter is said by torch's allocator.
+        if isinstance(error, MemoryError) or "can't allocate" in str(error):
+            result = False, f'reading it takes more than {memory // MB} MB'
+    pipe.send(result)
+
+
+def _limit(memory: int) -> None:
+    import resource
+
+    with open('/proc/self/statm') as file:
+        pages = int(file.read().split()[0])
+    most = pages * resource.getpagesize() + memory
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
