@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from polynl_mm.limits import MB, call_in_child
+
 from .landmarks import NUM_LANDMARKS
 
 # The columns of a face line after x, y, w and h.
@@ -565,24 +567,32 @@ class GroundTruth(NamedTuple):
     """(m,) bool for each of ``easy``, ``medium``, ``hard``."""
 
 
-def load_wider_face_gt(gt_dir: str | os.PathLike) -> GroundTruth:
+def load_wider_face_gt(
+    gt_dir: str | os.PathLike, max_memory: int = 1024 * MB
+) -> GroundTruth:
     """Read the ground truth of the official evaluation.
+
+    scipy takes a .mat file at its word, and one wrong byte can crash it: it
+    reads each file in a child process.
 
     Args:
         gt_dir (str or PathLike): ``eval_tools/ground_truth``: a folder with
             ``wider_face_val.mat`` and ``wider_easy_val.mat``,
             ``wider_medium_val.mat``, ``wider_hard_val.mat``.
+        max_memory (int): Bytes that reading one of them may take; on Linux
+            only.
 
     Returns:
         GroundTruth: See there.
 
     Raises:
         FileNotFoundError: One of the four files is not there.
-        ValueError: A file is not of the official structure, or they are not
-            of the same pictures; says file and place.
+        ValueError: A file is not of the official structure, crashes scipy, or
+            takes more than ``max_memory`` or a minute, or they are not of the
+            same pictures; says file and place.
     """
     path = os.path.join(gt_dir, 'wider_face_val.mat')
-    images, boxes = _load_cells(path, 'face_bbx_list')
+    images, boxes = _load_cells(path, 'face_bbx_list', max_memory)
     if not images:
         raise ValueError(f'{path}: has no picture')
     for image, box in zip(images, boxes):
@@ -600,7 +610,9 @@ def load_wider_face_gt(gt_dir: str | os.PathLike) -> GroundTruth:
     kept = {}
     for setting in SETTINGS:
         path_of_setting = os.path.join(gt_dir, f'wider_{setting}_val.mat')
-        same_images, indices = _load_cells(path_of_setting, 'gt_list')
+        same_images, indices = _load_cells(
+            path_of_setting, 'gt_list', max_memory
+        )
         if same_images != images:
             raise ValueError(
                 f'{path_of_setting}: its pictures are not those of {path}'
@@ -627,21 +639,37 @@ def load_wider_face_gt(gt_dir: str | os.PathLike) -> GroundTruth:
     return GroundTruth(images, boxes, starts, kept)
 
 
-def _load_cells(path: str, key: str) -> tuple[tuple[str, ...], list]:
+def _load_cells(
+    path: str, key: str, max_memory: int
+) -> tuple[tuple[str, ...], list]:
     """Read the picture names and one array per picture of a .mat file."""
-    # Here, as looking up any polynl_mm type imports this module.
-    from scipy.io import loadmat
+    # Here, as looking up any polynl_mm type imports this module, and so that
+    # no child imports it anew.
+    import scipy.io  # noqa: F401
 
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f'{path}: not there, expected a file of the ground truth of the '
             f'official WIDER Face evaluation'
         )
+    try:
+        return call_in_child(
+            *(_read_cells, path, key), memory=max_memory, seconds=60
+        )
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+
+
+def _read_cells(path: str, key: str) -> tuple[tuple[str, ...], list]:
+    from scipy.io import loadmat
+
     names = ('event_list', 'file_list', key)
     try:
         mat = loadmat(path, variable_names=names)
+    except MemoryError:
+        raise
     except Exception as error:  # scipy raises all kinds on a damaged file
-        raise ValueError(f'{path}: no MATLAB 5 file: {error}') from error
+        raise ValueError(f'no MATLAB 5 file: {error}') from error
     images, arrays = [], []
     try:
         events, *columns = (mat[name].ravel() for name in names)
@@ -654,11 +682,16 @@ def _load_cells(path: str, key: str) -> tuple[tuple[str, ...], list]:
     except (AttributeError, IndexError, KeyError, ValueError) as error:
         after = f' after {images[-1]}' if images else ''
         raise ValueError(
-            f'{path}: {", ".join(names)} are not cells by event and picture'
-            f'{after}: {error}'
+            f'{", ".join(names)} are not cells by event and picture{after}: '
+            f'{error}'
         ) from error
     if len(set(images)) < len(images):
-        raise ValueError(f'{path}: has a picture more than once')
+        raise ValueError('has a picture more than once')
+    for image, array in zip(images, arrays):
+        if array.dtype.kind not in 'iuf':
+            raise ValueError(
+                f'{key} of {image} has dtype {array.dtype}, expected numbers'
+            )
     return tuple(images), arrays
 
 

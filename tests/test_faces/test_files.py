@@ -9,6 +9,7 @@ from mini_data.wider_face import Face
 from mini_data.wider_face_files import write_wider_mats
 from PIL import Image
 from release import KEYPOINTS, NAMES, OFFICIAL, RETINAFACE, SCRFD
+from scipy.io import savemat
 
 from polynl_mm.faces.files import (
     SETTINGS,
@@ -626,6 +627,43 @@ def test_damaged_ground_truth(three, tmp_path, name):
         with pytest.raises(ValueError) as error:
             load_wider_face_gt(tmp_path / 'gt')
         assert str(error.value).startswith(f'{file}: ')
+
+
+def test_a_byte_that_crashes_scipy(three, tmp_path):
+    """A cell array that says it is one of numbers."""
+    file = tmp_path / 'gt' / 'wider_face_val.mat'
+    events = np.empty((1, 1), object)
+    events[0, 0] = np.array([[3]], np.uint8)
+    savemat(file, dict(event_list=events))
+    content = bytearray(file.read_bytes())
+    flags = content.index(b'\x06\0\0\0\x08\0\0\0\x01') + 8
+    content[flags] = 9
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_wider_face_gt(tmp_path / 'gt')
+    assert str(error.value) == f'{file}: reading it ends in SIGSEGV'
+
+
+def test_ground_truth_that_swells(three, tmp_path):
+    file = tmp_path / 'gt' / 'wider_face_val.mat'
+    bomb = np.zeros((2**25,), np.uint8)
+    savemat(file, dict(event_list=bomb), do_compression=True)
+    assert file.stat().st_size < 2**16
+    with pytest.raises(ValueError) as error:
+        load_wider_face_gt(tmp_path / 'gt', max_memory=2**24)
+    assert str(error.value) == f'{file}: reading it takes more than 16 MB'
+
+
+def test_ground_truth_of_text(three, tmp_path):
+    file = tmp_path / 'gt' / 'wider_hard_val.mat'
+    cell = np.empty((1, 1), object)
+    cell[0, 0] = 'text'
+    lists = np.empty((1, 1), object)
+    lists[0, 0] = cell
+    savemat(file, dict(event_list=lists, file_list=lists, gt_list=lists))
+    with pytest.raises(ValueError) as error:
+        load_wider_face_gt(tmp_path / 'gt')
+    assert str(error.value).endswith('has dtype <U4, expected numbers')
 
 
 def test_ground_truth_of_something_else(three, tmp_path, write):
