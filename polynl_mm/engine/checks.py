@@ -23,13 +23,12 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
-from mmengine.runner import CheckpointLoader
 from torch.utils.data import DataLoader, Dataset
 
-from . import safe_load  # noqa: F401  (checkpoints of mmengine are read)
 from .cli import LAUNCHERS, StartError, rank, say
 from .heads import check_heads
 from .hosts import HOSTS
+from .safe_load import read_checkpoint
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -375,7 +374,7 @@ def check_checkpoint(cfg: Config, path: str, resume: bool = False) -> None:
         # Once is enough. A launcher ends this process if that fails.
         return
     try:
-        checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', 'silent')
+        checkpoint = read_checkpoint(path)
     except Exception as error:  # torch raises all kinds on a damaged file
         raise StartError(
             f'checkpoint {path} can not be read: {_reason(error)}'
@@ -392,7 +391,15 @@ def check_checkpoint(cfg: Config, path: str, resume: bool = False) -> None:
                 f'checkpoint {path} has no {key!r}: it can not be resumed '
                 'from; to start anew with its weights, set load_from'
             )
-    misfits = _misfits(cfg, checkpoint.get('state_dict', checkpoint))
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(name, str) for name in state_dict
+    ):
+        raise StartError(
+            f'checkpoint {path}: its state_dict, a '
+            f'{type(state_dict).__name__}, is no dict by names'
+        )
+    misfits = _misfits(cfg, state_dict)
     if misfits:
         raise StartError(
             f'checkpoint {path} does not fit the model of {cfg.filename}: '

@@ -9,13 +9,21 @@ numpy's own constructors are not put on torch's list: with them, a crafted file
 could make numpy take bytes for object pointers (``ndarray(1, 'O', bytes)``),
 or give a dtype any size after an array was made of it. The stand-ins below
 accept plain numbers and text only.
+
+A file that is built of harmless types can still fill the memory, hang or crash
+the loader: :func:`read_checkpoint` finds out in a child process.
 """
+
+import os
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as loading
-from mmengine.utils import digit_version
+from mmengine.utils import apply_to, digit_version
+
+from polynl_mm.limits import MB, call_in_child
 
 _STATISTICS = ('min', 'max', 'mean', 'current')
 
@@ -138,3 +146,34 @@ if digit_version(torch.__version__) >= digit_version('2.6.0'):
     # reads what the safe loader refuses with the unsafe one.
     if hasattr(loading, '_safe_torch_load'):
         loading._safe_torch_load = torch.load
+
+
+def read_checkpoint(path: str):
+    """Read a checkpoint to the CPU; a local file in a child process first.
+
+    Args:
+        path (str): As mmengine takes it. What is no local file is read as
+            mmengine reads it.
+
+    Raises:
+        ValueError: The file can not be read, not safely, or not with 1 GB of
+            memory and four times its size, or not in a minute and a second
+            for every 10 MB.
+    """
+    if '://' not in path:
+        size = os.path.getsize(os.path.expanduser(path))
+        call_in_child(
+            *(_try, path),
+            memory=1024 * MB + 4 * size,
+            seconds=60 + size // (10 * MB),
+        )
+    return CheckpointLoader.load_checkpoint(path, 'cpu', 'silent')
+
+
+def _try(path: str) -> None:
+    # The threads of the parent are not here.
+    torch.set_num_threads(1)
+    checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', 'silent')
+    # As mmengine walks what it saves again: not all that can be loaded in no
+    # time can be walked in any.
+    apply_to(checkpoint, lambda value: False, None)

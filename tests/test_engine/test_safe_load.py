@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,8 @@ HistoryBuffer = pytest.importorskip('mmengine.logging').HistoryBuffer
 
 from mmengine.utils import digit_version  # noqa: E402
 
-import polynl_mm.engine.safe_load  # noqa: E402, F401
+from polynl_mm.engine import safe_load  # noqa: E402
+from polynl_mm.limits import MB, call_in_child  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,3 +246,102 @@ def test_unsafe_fallback_of_a_distribution_is_replaced():
         'assert loading._safe_torch_load is torch.load'
     )
     assert done.returncode == 0, done.stderr
+
+
+# What is built of harmless types alone
+
+
+def text(value):
+    return b'X' + struct.pack('<I', len(value)) + value.encode()
+
+
+def sized(kind, size):
+    """Pickle a call of a type with a number."""
+    number = b'\x8a\x08' + size.to_bytes(8, 'little')
+    return f'c{kind}\n'.encode() + number + b'\x85R'
+
+
+def doubled(times):
+    """Pickle a text whose length is doubled at every turn."""
+    encode = b'c_codecs\nencode\nq\x00'
+    first = encode + text('a' * 64) + text('latin1') + b'\x86Rq\x01'
+    turn = b'h\x00h\x01' + text('hex') + b'\x86Rq\x01'
+    return first + times * turn
+
+
+HOSTILE = {
+    'bytearray': sized('builtins\nbytearray', 2**33),
+    'storage': sized('torch.storage\nUntypedStorage', 2**33),
+    'tensor': sized('torch\nTensor', 2**31),
+    'hex of hex': doubled(24),
+    # Each of 60 tuples holds the one before twice.
+    'wide': b')q\x00' + 60 * b'h\x00h\x00\x86q\x00',
+    # A tuple in a million tuples, as a key: hash() exhausts the stack.
+    'deep': b'}N' + 10**6 * b'\x85' + b'K\x01s',
+}
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """Set smaller limits."""
+
+    def limit(**limits):
+        monkeypatch.setattr(
+            safe_load,
+            'call_in_child',
+            lambda *args, **usual: call_in_child(*args, **{**usual, **limits}),
+        )
+
+    return limit
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """Say why a file is not read."""
+
+    def refusal(data):
+        file = tmp_path / 'hostile.pth'
+        file.write_bytes(data)
+        with pytest.raises(ValueError) as caught:
+            safe_load.read_checkpoint(str(file))
+        return str(caught.value)
+
+    return refusal
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_hostile_files_are_refused(name, limit, refusal):
+    limit(memory=64 * MB)
+    said = refusal(repickle(save(None), b'N.', HOSTILE[name] + b'.'))
+    if name == 'deep':
+        assert said in (
+            'reading it ends in SIGSEGV',
+            'reading it takes more than 64 MB',
+        )
+    else:
+        assert said == 'reading it takes more than 64 MB'
+
+
+def test_a_zip_that_swells_is_refused(limit, refusal):
+    limit(memory=64 * MB)
+    whole = save(torch.zeros(128 * MB, dtype=torch.int8))
+    source = zipfile.ZipFile(io.BytesIO(whole))
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as target:
+        for info in source.infolist():
+            target.writestr(info.filename, source.read(info))
+    assert len(bomb.getvalue()) < MB
+    assert refusal(bomb.getvalue()) == 'reading it takes more than 64 MB'
+
+
+def test_limits_are_by_the_size_of_the_file(monkeypatch, tmp_path):
+    """Memory: four times that, and 1 GB."""
+    met = {}
+    monkeypatch.setattr(
+        safe_load, 'call_in_child', lambda *args, **limits: met.update(limits)
+    )
+    file = tmp_path / 'large.pth'
+    file.write_bytes(save(torch.zeros(25 * MB, dtype=torch.int8)))
+    assert len(safe_load.read_checkpoint(str(file))) == 25 * MB
+    size = file.stat().st_size
+    assert met == dict(memory=1024 * MB + 4 * size, seconds=62)
