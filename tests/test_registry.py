@@ -281,7 +281,8 @@ def test_engine_is_light(tmp_path):
     code = """
     import polynl_mm.engine
     assert not {'torch', 'mmengine'} & set(sys.modules)
-    for room in ('cli', 'hosts', 'checks', 'start', 'runner', 'safe_load'):
+    rooms = ('cli', 'hosts', 'checks', 'start', 'runner', 'safe_load')
+    for room in (*rooms, 'training_state'):
         __import__(f'polynl_mm.engine.{room}')
     hosts = {'mmcv', 'mmdet', 'mmseg'}
     assert not hosts & set(sys.modules), hosts & set(sys.modules)

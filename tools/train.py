@@ -16,7 +16,7 @@ from mmengine.device import (
 )
 from mmengine.runner import find_latest_checkpoint
 
-from polynl_mm.engine import checks, cli, start
+from polynl_mm.engine import checks, cli, start, training_state
 from polynl_mm.engine.cli import StartError
 from polynl_mm.layers import StateDictMismatch
 
@@ -117,7 +117,10 @@ def main():
     set_resume(cfg, args.resume)
     runner = start.build_runner(runner_class, cfg, 'train', 'val')
     try:
-        runner.train()
+        if cfg.resume:
+            training_state.resume(runner, cfg.load_from)
+        else:
+            runner.train()
     except StateDictMismatch as error:
         raise StartError(f'checkpoint {cfg.load_from}: {error}') from error
 

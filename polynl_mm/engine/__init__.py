@@ -8,4 +8,5 @@
 - ``loops``: training where the parts of an image share their gates.
 - ``hooks``: what a training with Poly-NL layers is watched for.
 - ``safe_load``: lets torch's safe loader read mmengine's checkpoints.
+- ``training_state``: what must hold of one for a training to go on from it.
 """

@@ -438,7 +438,7 @@ def _misfits(cfg: Config, state_dict: dict) -> list[str]:
     reshaped = []
     try:
         keys = model.load_state_dict(state_dict, strict=False)
-    except RuntimeError as error:
+    except Exception as error:  # a module may meet anything in the file
         reshaped = re.findall(r'size mismatch for (\S+):', str(error))
         if not reshaped:
             return [str(error)]
