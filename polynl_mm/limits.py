@@ -1,20 +1,25 @@
 """Files of others cost no more than they should: memory, time, pixels.
 
 A reader of a damaged or malicious file may crash, hang, or ask for any memory.
-No look at the file beforehand finds all of that, so that it is read in a child
-process first.
+No look at the file beforehand finds all of that: :func:`call_in_child`. How
+large a picture is, its header says: :func:`check_pixels`.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 
 MB = 2**20
+# 16384 x 16384; decoded to 3 bytes each, 0.8 GB.
+MAX_PIXELS = 2**28
+_PILLOW = threading.Lock()
 # Elsewhere a child must import everything anew.
 _START = 'fork' if sys.platform == 'linux' else 'spawn'
 
@@ -99,3 +104,34 @@ def _limit(memory: int) -> None:
         most = min(most, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def check_pixels(content: bytes, most: int = MAX_PIXELS) -> None:
+    """Look at the size of a picture before it is decoded.
+
+    What Pillow does not know is left to the decoder; OpenCV's takes up to
+    ``OPENCV_IO_MAX_IMAGE_PIXELS`` (2**30).
+
+    Args:
+        content (bytes): A file; its header is read.
+        most (int): The most pixels that it may have.
+
+    Raises:
+        ValueError: It has more.
+    """
+    from PIL import Image
+
+    # Pillow has a limit of its own, for all of a process.
+    with _PILLOW:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                width, height = image.size
+        except Exception:  # Pillow raises all kinds on a damaged file
+            return
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    if width * height > most:
+        raise ValueError(
+            f'{width}x{height} pixels are more than max_pixels={most}'
+        )

@@ -1,12 +1,16 @@
-"""What is called in a child does harm to the child only."""
+"""What is called in a child does harm to it only; pictures have a size."""
 
+import io
 import os
 import signal
+import struct
 import time
+import zlib
 
 import pytest
+from PIL import Image
 
-from polynl_mm.limits import MB, call_in_child
+from polynl_mm.limits import MAX_PIXELS, MB, call_in_child, check_pixels
 
 
 def fill(size):
@@ -55,3 +59,41 @@ def test_a_crash_is_told(how, capfd):
     assert failure(end, how) == f'reading it ends in {how.name}'
     assert failure(os._exit, 3) == 'reading it ends in code 3'
     assert capfd.readouterr() == ('', '')
+
+
+def png(width, height):
+    """A header; no decoder would come to where the rest is missing."""
+    header = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    return (
+        b'\x89PNG\r\n\x1a\n\0\0\0\r'
+        + header
+        + struct.pack('>I', zlib.crc32(header))
+        + b'\0\0\0\0IDAT'
+    )
+
+
+def test_a_picture_is_measured_by_its_header():
+    with pytest.raises(ValueError) as caught:
+        check_pixels(png(30000, 30000))
+    assert str(caught.value) == (
+        '30000x30000 pixels are more than max_pixels=268435456'
+    )
+    # More than Pillow itself takes, whose own limit is left as it was.
+    before = Image.MAX_IMAGE_PIXELS
+    check_pixels(png(16384, 16384))
+    assert 2 * before < 16384**2 == MAX_PIXELS
+    assert Image.MAX_IMAGE_PIXELS == before
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WebP', 'TIFF', 'BMP', 'GIF'])
+def test_every_kind_of_picture_is_measured(kind):
+    file = io.BytesIO()
+    Image.new('RGB', (7, 5)).save(file, kind)
+    check_pixels(file.getvalue(), 35)
+    with pytest.raises(ValueError, match='^7x5 pixels are more than .*=34$'):
+        check_pixels(file.getvalue(), 34)
+
+
+def test_what_is_no_picture_is_left_to_the_decoder():
+    for content in (b'', b'text', png(9, 9)[:20]):
+        check_pixels(content, 1)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from polynl_mm.limits import MB, call_in_child
+from polynl_mm.limits import MAX_PIXELS, MB, call_in_child, check_pixels
 
 from .landmarks import NUM_LANDMARKS
 
@@ -500,6 +500,7 @@ def decode_picture(
     content: bytes,
     path: str | os.PathLike,
     decode: Callable[[bytes], np.ndarray | None],
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Decode a picture, or say which file is no whole one.
 
@@ -512,12 +513,14 @@ def decode_picture(
         path (str or PathLike): Its name, for the messages.
         decode (Callable): Gives the pixels; None or an error says that there
             are none.
+        max_pixels (int): The most that it may have, for a small file can be a
+            picture that fills the memory.
 
     Returns:
         ndarray: What ``decode`` gives.
 
     Raises:
-        ValueError: The file is empty, truncated or no picture.
+        ValueError: The file is empty, truncated, too large or no picture.
     """
     if not content:
         raise ValueError(f'{path}: empty, expected a picture')
@@ -526,6 +529,10 @@ def decode_picture(
             f'{path}: truncated, {len(content)} bytes of a JPEG without its '
             f'end'
         )
+    try:
+        check_pixels(content, max_pixels)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     try:
         image = decode(content)
     except Exception as error:

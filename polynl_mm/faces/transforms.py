@@ -27,6 +27,7 @@ from mmdet.datasets import transforms as host
 from mmdet.structures.bbox import autocast_box_type
 from mmengine import fileio
 
+from polynl_mm.limits import MAX_PIXELS
 from polynl_mm.registry import TRANSFORMS
 
 from .boxes import FaceBoxes
@@ -46,17 +47,19 @@ class LoadImageFromFile(_LoadImageFromFile):
     Args:
         ignore_empty (bool): Give None, which makes the data set take another
             picture, instead of an error.
+        max_pixels (int): The most that a picture may have.
         *args: See :class:`mmcv.transforms.LoadImageFromFile`, and so for
             ``**kwargs``; ``file_client_args`` is refused.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is empty, truncated or no picture.
+        ValueError: The file is empty, truncated, too large or no picture.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args, max_pixels: int = MAX_PIXELS, **kwargs) -> None:
         """Refuse the outdated argument."""
         super().__init__(*args, **kwargs)
+        self.max_pixels = max_pixels
         if self.file_client_args is not None:
             raise ValueError(
                 f'file_client_args is outdated, expected backend_args, got '
@@ -87,6 +90,7 @@ class LoadImageFromFile(_LoadImageFromFile):
                 flag=self.color_type,
                 backend=self.imdecode_backend,
             ),
+            self.max_pixels,
         )
 
 

@@ -782,6 +782,14 @@ def test_a_png_with_a_hole_is_named(picture):
         load(picture, imdecode_backend='pillow')
 
 
+def test_a_picture_may_be_too_large(picture):
+    """It is not decoded."""
+    load(picture, max_pixels=64 * 96)
+    said = 'event/face.jpg: 96x64 pixels are more than max_pixels=6143'
+    with pytest.raises(ValueError, match=said):
+        load(picture, max_pixels=64 * 96 - 1)
+
+
 def test_a_missing_picture_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='event/none.jpg'):
         load(tmp_path / 'event/none.jpg')
