@@ -165,9 +165,11 @@ def _check_schedulers(states, schedulers) -> None:
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    # torch adds some to the defaults, and to groups of older versions.
+    takes = signature(type(optimizer)).parameters
+    defaults = {k: v for k, v in optimizer.defaults.items() if k in takes}
     for i, group in enumerate(optimizer.param_groups):
-        for key, own in optimizer.defaults.items():
-            # torch itself adds those that its older versions had not.
+        for key, own in defaults.items():
             if key not in group or not _alike(group[key], own):
                 raise ValueError(
                     f'optimizer, group {i}, has {key}={group.get(key)!r}, '
@@ -177,32 +179,32 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     torch_has_it = type(optimizer).__module__.startswith('torch.optim')
     if not torch_has_it or isinstance(optimizer, torch.optim.SparseAdam):
         return
-    remembered = {}
-    for i, (parameter, state) in enumerate(optimizer.state.items()):
-        if not state:
-            continue
-        remembered = remembered or _remembered(optimizer, parameter.device)
-        for key, whole in remembered.items():
-            shape = parameter.shape if whole else torch.Size()
-            if key not in state or not _fits(state[key], shape):
-                value = state.get(key, 'nothing')
-                raise ValueError(
-                    f'optimizer, state {i}, has as {key} '
-                    f'{getattr(value, "shape", value)}, expected {shape}'
-                )
+    for i, group in enumerate(optimizer.param_groups):
+        remembered = _remembered(type(optimizer), group)
+        for j, parameter in enumerate(group['params']):
+            state = optimizer.state.get(parameter)
+            for key, whole in remembered.items() if state else ():
+                shape = parameter.shape if whole else torch.Size()
+                if key not in state or not _fits(state[key], shape):
+                    value = state.get(key, 'nothing')
+                    raise ValueError(
+                        f'optimizer, group {i}, parameter {j}, has as {key} '
+                        f'{getattr(value, "shape", value)}, expected {shape}'
+                    )
 
 
-def _remembered(optimizer, device) -> dict[str, bool]:
+def _remembered(kind: type, group: dict) -> dict[str, bool]:
     """Give what an optimiser remembers of every parameter, after a step.
 
     True for a tensor of the parameter's shape, False for one number. What is
-    neither is left out.
+    neither is left out. The optimiser looks at the group's values itself.
     """
-    takes = signature(type(optimizer)).parameters
-    options = {k: v for k, v in optimizer.defaults.items() if k in takes}
+    takes = signature(kind).parameters
+    options = {k: v for k, v in group.items() if k in takes and k != 'params'}
+    device = group['params'][0].device
     parameter = nn.Parameter(torch.ones(2, 3, device=device))
     parameter.grad = torch.ones_like(parameter)
-    probe = type(optimizer)([parameter], **options)
+    probe = kind([parameter], **options)
     probe.step()
     return {
         key: value.shape == parameter.shape
@@ -226,7 +228,8 @@ def _fits(value, shape: torch.Size) -> bool:
 def _alike(value, own) -> bool:
     """Whether a value of a checkpoint can stand in the place of one's own."""
     if own is None or isinstance(own, bool):
-        return value is None or isinstance(value, Real)
+        flag = value is None or isinstance(value, Real)
+        return flag and (own is None or bool(value) == own)
     if isinstance(own, (Real, Tensor)):
         single = isinstance(value, Tensor) and value.numel() == 1
         return (single or isinstance(value, Real)) and math.isfinite(value)
@@ -236,6 +239,4 @@ def _alike(value, own) -> bool:
             and len(value) == len(own)
             and all(map(_alike, value, own))
         )
-    if isinstance(own, str):
-        return value == own
-    return type(value) is type(own)
+    return value == own if isinstance(own, str) else type(value) is type(own)

@@ -1,7 +1,8 @@
 """A damaged checkpoint is refused, or a training goes on from it.
 
-POLYNL_FUZZ=100000 python -m pytest tests/reliability/test_fuzz_checkpoints.py
-"""  # noqa: E501
+FUZZ=100000 python -m pytest --basetemp=/dev/shm/fuzz \
+    tests/reliability/test_fuzz_checkpoints.py
+"""
 
 import io
 import warnings

@@ -1,7 +1,8 @@
 """A damaged .mat file of the ground truth is refused, or gives numbers.
 
-POLYNL_FUZZ=100000 python -m pytest tests/reliability/test_fuzz_ground_truth.py
-"""  # noqa: E501
+FUZZ=100000 python -m pytest --basetemp=/dev/shm/fuzz \
+    tests/reliability/test_fuzz_ground_truth.py
+"""
 
 import shutil
 

@@ -279,6 +279,9 @@ CASES = {
     'rate as text': (group(lr='x'), "has lr='x', expected something like 0.1"),
     'endless rate': (group(lr=float('nan')), 'has lr=nan'),
     'one beta': (group(betas=(0.9,)), 'has betas=(0.9,)'),
+    'uphill': (group(maximize=True), 'has maximize=True'),
+    'negative rate': (group(lr=-1.0), 'Invalid learning rate: -1.0'),
+    'two ways at once': (group(foreach=True), '`fused` and `foreach`'),
     'no optimizer': (
         lambda state: state.update(optimizer=[]),
         'TypeError|AttributeError',
