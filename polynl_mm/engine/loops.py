@@ -159,8 +159,15 @@ class _PartsLoop(BaseLoop):
         part[..., end - top :, :] = self.ignore_index
         for sample, each in zip(batch['data_samples'], part):
             sample.gt_sem_seg = PixelData(data=each)
-            shape = tuple(each.shape[-2:])
-            sample.set_metainfo(dict(img_shape=shape, pad_shape=shape))
+            rows, width = each.shape[-2:]
+            # What of the picture is in the band; below it there is padding.
+            own = min(max(sample.img_shape[0] - top, 0), rows)
+            sample.set_metainfo(
+                dict(
+                    img_shape=(own, sample.img_shape[1]),
+                    pad_shape=(rows, width),
+                )
+            )
 
         stack.enter_context(shared_context(model, Processes(band, self.group)))
         valid, all_valid = (

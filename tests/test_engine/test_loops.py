@@ -443,8 +443,9 @@ def test_gradients_are_accumulated(results):
 
 
 def test_only_the_channels_are_sent(results):
-    # The area, then each layer's gate, then their gradients.
-    assert results['one group'][1] == [1, 5, 7, 7, 5] * 4
+    # The area, then each layer's gate and how much of it is no padding, then
+    # their gradients.
+    assert results['one group'][1] == [1, 6, 8, 8, 6] * 4
 
 
 def test_failed_iteration_leaves_the_model(results):

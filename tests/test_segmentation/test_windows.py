@@ -370,6 +370,7 @@ def job(tmp_path_factory):
         pixels = (image * 60 + 60).clamp(0, 255).byte().numpy()
         cv2.imwrite(str(folder / f'img/{k}.png'), pixels.transpose(1, 2, 0))
         label = np.zeros(SIZE, np.uint8)
+        label[0] = 1
         cv2.imwrite(str(folder / f'ann/{k}.png'), label)
     load = dict(type='LoadImageFromFile')
     loader = dict(
