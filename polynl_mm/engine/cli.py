@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import ast
 import atexit
+import ctypes
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from mmengine.config import DictAction
@@ -40,6 +43,7 @@ def run(tool: Callable[[], int | None]) -> None:
     exception keeps its traceback.
     """
     code = 0
+    _end_with_launcher()
     try:
         code = tool() or 0
     except StartError as error:
@@ -54,6 +58,22 @@ def run(tool: Callable[[], int | None]) -> None:
         _leave_group(code)
     if code:
         sys.exit(code)
+
+
+def _end_with_launcher() -> None:
+    """Have a killed torchrun take its processes with it, and those theirs.
+
+    Else they would train on, and write into the folder of a resumed run.
+    """
+    if 'TORCHELASTIC_RUN_ID' not in os.environ or sys.platform != 'linux':
+        return
+    # PR_SET_PDEATHSIG; what is forked later, to load data, has to ask itself.
+    end_with_parent = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL)
+    os.register_at_fork(after_in_child=end_with_parent)
+    end_with_parent()
+    if os.getppid() == 1:
+        # It was killed already.
+        os._exit(1)
 
 
 def _leave_group(code: int) -> None:
