@@ -24,6 +24,7 @@ _HOST_OF = {
     # Nor in it: any look-up lets torch read mmengine's checkpoints.
     'polynl_mm.engine.safe_load': 'mmengine',
     'polynl_mm.engine.checkpoints': 'mmengine',
+    'polynl_mm.engine.resuming': 'mmengine',
     'polynl_mm.engine.hooks': 'mmengine',
     'polynl_mm.engine.loops': 'mmengine',
     'polynl_mm.detection.tiles': 'mmdet',

@@ -210,3 +210,27 @@ def nodes_of(y):
             names.add(node)
             todo += [n for n, _ in node.next_functions]
     return {type(node).__name__ for node in names}
+
+
+# ------------------------------------------------------------------- states
+
+
+def differing(a, b, path=''):
+    """Give the paths of what is not bit-equal in two states."""
+    if isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype or a.numpy().tobytes() != b.numpy().tobytes():
+            yield path
+    elif isinstance(a, dict):
+        if a.keys() != b.keys():
+            yield f'{path} (keys)'
+            return
+        for key in a:
+            yield from differing(a[key], b[key], f'{path}.{key}')
+    elif isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            yield f'{path} (length)'
+            return
+        for i, (each, other) in enumerate(zip(a, b)):
+            yield from differing(each, other, f'{path}.{i}')
+    elif a != b:
+        yield path
