@@ -1,20 +1,27 @@
-"""What a training with Poly-NL layers is watched for."""
+"""What a training is watched for: its Poly-NL layers, and its loss."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 
 import torch
+from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
 from polynl_mm.fusion import FusionReport, fuse_poly_nl
 from polynl_mm.layers import PolyNL
 from polynl_mm.registry import HOOKS
+
+from .checkpoints import last_good
+from .cli import StartError
+from .resuming import random_state, set_random_state
 
 
 @HOOKS.register_module()
@@ -123,6 +130,189 @@ class PolyNLHook(Hook):
             )
 
 
+@HOOKS.register_module()
+class FiniteLossHook(Hook):
+    """Stop at a loss that is not finite, before the weights learn from it.
+
+    The error says the iteration and the layer whose output was the first that
+    is not finite; a second forward of the same batch finds it. Nor is a
+    checkpoint saved of weights that are not finite.
+
+    What it costs an iteration: some operations on single numbers, a copy of
+    the generators' states, and of several processes a reduction of a number.
+    The answer is read before the optimiser's step, when a GPU is still busy
+    with the backward pass; it is not waited for in between. With loss scaling
+    the gradients may be infinite, only the loss counts.
+
+    Args:
+        stop (bool): Whether to do all this.
+
+    Raises:
+        StartError: See above. In every process, at the same iteration.
+    """
+
+    def __init__(self, stop: bool = True) -> None:
+        """Take the argument; see the class."""
+        self.stop = stop
+        self._seen = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Have the losses seen, and looked at before every step."""
+        if self.stop and runner.cfg.get('compile'):
+            runner.logger.warning(
+                'finite_loss: a compiled training step does not stop at a '
+                'loss that is not finite (leave compile out)'
+            )
+            self.stop = False
+        if not self.stop:
+            return
+        model = _unwrapped(runner.model)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._see, with_kwargs=True),
+            *(
+                wrapper.optimizer.register_step_pre_hook(
+                    lambda *args: self._look(runner)
+                )
+                for wrapper in _optim_wrappers(runner.optim_wrapper)
+            ),
+        ]
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        """Look, where there was no step: loss scaling, accumulation."""
+        self._look(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave the model as it was."""
+        if self.stop:
+            for handle in self._handles:
+                handle.remove()
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse weights that are not finite."""
+        if not self.stop:
+            return
+        iteration = checkpoint['meta']['iter']
+        weights = dict(_unwrapped(runner.model).named_parameters())
+        for part in ('state_dict', 'ema_state_dict'):
+            for name, value in checkpoint.get(part, {}).items():
+                if name.removeprefix('module.') in weights and not (
+                    value.isfinite().all()
+                ):
+                    raise StartError(
+                        f'iteration {iteration}: {name} is not '
+                        f'finite, it is not saved; {last_good(runner)}'
+                    )
+
+    def _before_forward(self, model: nn.Module, args) -> None:
+        self._state = random_state()
+
+    def _see(self, model: nn.Module, args, kwargs: dict, output) -> None:
+        if not model.training or not isinstance(output, dict):
+            return
+        losses = [
+            value.detach().float().sum()
+            for key, values in output.items()
+            if 'loss' in key
+            for value in _tensors(values)
+        ]
+        if not losses:
+            return
+        # On the device, as all of it.
+        bad = (~torch.stack(losses).isfinite()).any().int()
+        all_reduce(bad, 'max')
+        ready = None
+        if bad.is_cuda:
+            bad = bad.to('cpu', non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._seen.append((args, kwargs, output, self._state, bad, ready))
+
+    def _look(self, runner: Runner) -> None:
+        seen, self._seen = self._seen, []
+        for *call, bad, ready in seen:
+            if ready is not None:
+                ready.synchronize()
+            if bad:
+                self._explain(runner, *call)
+
+    def _explain(self, runner: Runner, args, kwargs, output, state) -> None:
+        """Find the layer in a second forward, and stop."""
+        for handle in self._handles:
+            handle.remove()
+        model = _unwrapped(runner.model)
+        first = []
+
+        def look(layer: nn.Module, args, output) -> None:
+            if not first and not _finite(output):
+                first.append(layer)
+
+        for layer in model.modules():
+            if layer is not model:
+                layer.register_forward_hook(look)
+        set_random_state(state)
+        context = (
+            nullcontext()
+            if isinstance(runner.optim_wrapper, OptimWrapperDict)
+            else runner.optim_wrapper.optim_context(runner.model)
+        )
+        with torch.no_grad(), context:
+            model(*args, **kwargs)
+
+        where = None
+        losses = [
+            key
+            for key, value in output.items()
+            if 'loss' in key and not _finite(value)
+        ]
+        if losses:
+            where = f'{", ".join(losses)}: '
+            if not _finite((args, kwargs)):
+                where += 'the input of the model is not'
+            elif first:
+                names = {layer: name for name, layer in model.named_modules()}
+                where += (
+                    f'the first output that is not is that of '
+                    f'{names[first[0]]} ({type(first[0]).__name__})'
+                )
+                if not _finite([*first[0].parameters()]):
+                    where += ', whose weights are not either'
+            else:
+                where += 'the outputs of all layers are'
+        told = all_gather_object(where)
+        number, where = next(
+            (each for each in enumerate(told) if each[1]), (0, '')
+        )
+        process = f' in process {number}' if get_world_size() > 1 else ''
+        raise StartError(
+            f'iteration {runner.iter + 1}: the loss is not finite{process} '
+            f'({where}); {last_good(runner)}'
+        )
+
+
+def _optim_wrappers(optim_wrapper) -> list:
+    # A dictionary of them where a model has several optimisers.
+    if isinstance(optim_wrapper, OptimWrapperDict):
+        return [*optim_wrapper.values()]
+    return [optim_wrapper]
+
+
+def _tensors(values) -> Iterator[Tensor]:
+    """Give the tensors with fractions in lists, tuples and dictionaries."""
+    if isinstance(values, Tensor):
+        if values.is_floating_point():
+            yield values
+    elif isinstance(values, (list, tuple, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
+
+
+def _finite(values) -> bool:
+    return all(bool(value.isfinite().all()) for value in _tensors(values))
+
+
 def _tell(runner: Runner, argument: str, report: FusionReport) -> None:
     """Log what was fused; as a warning if that is nothing."""
     level = logging.INFO if report.fused else logging.WARNING
@@ -144,15 +334,9 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _decaying(optim_wrapper, layers: dict[str, nn.Module]) -> list[str]:
-    # A dictionary of them where a model has several optimisers.
-    wrappers = (
-        optim_wrapper.values()
-        if isinstance(optim_wrapper, OptimWrapperDict)
-        else [optim_wrapper]
-    )
     decayed = {
         id(parameter)
-        for wrapper in wrappers
+        for wrapper in _optim_wrappers(optim_wrapper)
         for group in wrapper.param_groups
         if group.get('weight_decay', 0) > 0
         for parameter in group['params']

@@ -1,7 +1,8 @@
-"""Distributed running on a machine without an accelerator."""
+"""Running in several processes, also on a machine without an accelerator."""
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
@@ -35,6 +36,27 @@ class BroadcastBuffersHook(Hook):
         """Broadcast the model's buffers from process 0."""
         for buffer in runner.model.buffers():
             broadcast(buffer)
+
+
+class CollectHook(Hook):
+    """Have the processes of an evaluation meet in the folder of this run.
+
+    mmengine has them write their parts below the current directory, to
+    ``.dist_test``, which a kill leaves there.
+    """
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Name the folder."""
+        self._name(runner, runner.val_evaluator)
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Name the folder."""
+        self._name(runner, runner.test_evaluator)
+
+    def _name(self, runner: Runner, evaluator) -> None:
+        for metric in evaluator.metrics:
+            if metric.collect_device == 'cpu' and metric.collect_dir is None:
+                metric.collect_dir = os.path.join(runner.log_dir, 'parts')
 
 
 @RUNNERS.register_module()

@@ -22,7 +22,7 @@ from . import safe_load  # noqa: F401  (a runner reads checkpoints)
 from .checks import check_loader, check_output, our_errors
 from .cli import LAUNCHERS, StartError
 from .hosts import HOSTS
-from .runner import GlooRunner
+from .runner import CollectHook, GlooRunner
 
 
 def read_config(path: str, options: dict | None = None) -> Config:
@@ -155,6 +155,7 @@ def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
             f'--resume: some nodes have a checkpoint in {cfg.work_dir} and '
             'others not: put work_dir on a disk that all of them share'
         )
+    runner.register_hook(CollectHook())
     if runner.distributed:
         runner.logger.info(
             'A process that is stopped, or whose machine is gone, ends the '

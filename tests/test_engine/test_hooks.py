@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,8 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from polynl_mm.engine import hooks  # noqa: E402
+from polynl_mm.engine.cli import StartError  # noqa: E402
+from polynl_mm.engine.runner import GlooRunner  # noqa: E402
 from polynl_mm.layers import PolyNL1d, PolyNL2d  # noqa: E402
 
 NO_DECAY = {
@@ -162,3 +165,166 @@ def test_several_optimisers():
         }
     )
     assert hooks._decaying(wrappers, layers) == ['b.alpha', 'b.beta']
+
+
+# ---------------------------------------------------------------- finite loss
+
+
+class Exp(nn.Module):
+    def forward(self, x):
+        return x.exp()
+
+
+class Steep(BaseModel):
+    """Infinite from inputs of 90 on, if the random scale lets it be."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.exp = Exp()
+        self.last = nn.Linear(3, 3)
+        nn.init.eye_(self.layer.weight)
+        self.drawn = []
+
+    def forward(self, inputs, mode='loss'):
+        self.drawn.append(torch.rand(()).item())
+        x = self.last(self.exp(self.layer(torch.stack(inputs))))
+        return {'loss_a': [x.square().mean()], 'loss_b': x.sum() * 0, 'acc': x}
+
+
+def run(folder, value, steps=5, counts=1, kind=Runner, **kwargs):
+    """Train; the third of the batches has that value in it."""
+    data = [dict(inputs=torch.ones(3))] * 8
+    data[2] = dict(inputs=torch.tensor([1.0, value, 1.0]))
+    torch.manual_seed(0)
+    runner = kind(
+        Steep(),
+        str(folder),
+        train_dataloader=DataLoader(data, 1, collate_fn=pseudo_collate),
+        train_cfg=dict(by_epoch=False, max_iters=steps),
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=1e-4, momentum=0.9),
+            accumulative_counts=counts,
+        ),
+        default_hooks=dict(
+            checkpoint=dict(
+                type='polynl_mm.CheckpointHook', by_epoch=False, interval=1
+            ),
+            finite_loss=dict(type='polynl_mm.FiniteLossHook', **kwargs),
+        ),
+        launcher='none' if kind is Runner else 'pytorch',
+        experiment_name=f'{folder}{value}',
+        log_level='ERROR',
+    )
+    try:
+        runner.train()
+        return runner, None
+    except StartError as error:
+        return runner, str(error)
+
+
+@pytest.mark.parametrize('counts', (1, 2))
+def test_stops_at_a_loss_that_is_not_finite(tmp_path, counts):
+    """Also inside of accumulated gradients, where there is no step."""
+    value = 1e3
+    runner, told = run(tmp_path, value, counts=counts)
+    assert told == (
+        'iteration 3: the loss is not finite (loss_a, loss_b: the first '
+        'output that is not is that of exp (Exp)); the last good checkpoint '
+        f'is {tmp_path}/iter_2.pth'
+    )
+    # The second look drew what the first had drawn.
+    assert len(runner.model.drawn) == 4
+    assert runner.model.drawn[2] == runner.model.drawn[3]
+    saved = torch.load(tmp_path / 'iter_2.pth')['state_dict']
+    for name, value in runner.model.state_dict().items():
+        assert torch.equal(value.cpu(), saved[name]), name
+
+
+def test_what_is_named_as_the_first(tmp_path):
+    told = run(tmp_path / 'input', float('nan'))[1]
+    assert 'loss_a, loss_b: the input of the model is not' in told
+    with pytest.MonkeyPatch.context() as patch:
+        # Of the loss alone.
+        patch.setattr(Exp, 'forward', lambda self, x: x.clamp(max=1e30))
+        told = run(tmp_path / 'loss', 1e30)[1]
+    assert 'loss_a: the outputs of all layers are' in told
+    assert 'no whole checkpoint' not in told
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """Those of the step after which there is no other loss."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def step(self, *args, **kwargs):
+            for group in self.param_groups:
+                for weight in group['params']:
+                    weight.data.fill_(float('inf'))
+
+        patch.setattr(torch.optim.SGD, 'step', step)
+        told = run(tmp_path, 1.0)[1]
+    assert told == (
+        'iteration 1: layer.weight is not finite, it is not saved; there is '
+        f'no whole checkpoint in {tmp_path}'
+    )
+    assert not [*tmp_path.glob('*.pth')]
+
+
+def test_infinite_gradients_alone_do_not_stop(tmp_path, monkeypatch):
+    """Loss scaling skips the step of such, and goes on."""
+    skipped = []
+
+    def step(self, *args, **kwargs):
+        weight = self.param_groups[0]['params'][0]
+        skipped.append(not weight.grad.isfinite().all())
+
+    monkeypatch.setattr(torch.optim.SGD, 'step', step)
+    monkeypatch.setattr(
+        Exp, 'forward', lambda self, x: x.exp() + (x * 0).abs().sqrt()
+    )
+    assert run(tmp_path, 1.0)[1] is None
+    assert skipped == [True] * 5
+
+
+def test_off_by_its_key(tmp_path):
+    runner, told = run(tmp_path, 1e3, stop=False)
+    assert told is None
+    assert runner.model.layer.weight.isnan().any()
+
+
+def test_a_compiled_step_is_told():
+    told = []
+    runner = SimpleNamespace(
+        cfg=dict(compile=True), logger=SimpleNamespace(warning=told.append)
+    )
+    hooks.FiniteLossHook().before_train(runner)
+    (line,) = told
+    assert 'does not stop at a loss' in line
+
+
+def in_process(rank, folder):
+    """The second of two has the bad batch; each writes what it is told."""
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/group', rank=rank, world_size=2
+    )
+    value = 1e3 if rank == 1 else 1.0
+    told = run(folder / 'work', value, kind=GlooRunner)[1]
+    (folder / f'told_{rank}').write_text(str(told))
+
+
+@pytest.mark.long
+def test_a_bad_loss_of_one_process_stops_all(tmp_path):
+    torch.multiprocessing.spawn(in_process, (tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        told = (tmp_path / f'told_{rank}').read_text()
+        assert told.startswith(
+            'iteration 3: the loss is not finite in process 1 (loss_a, '
+            'loss_b: the first output that is not is that of exp (Exp));'
+        )
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    runner, told = run(tmp_path, 1.0)
+    assert told is None
+    assert not runner.model._forward_hooks
+    assert not runner.model._forward_pre_hooks

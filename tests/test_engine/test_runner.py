@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -244,6 +245,27 @@ def test_accelerator_is_not_left_idle(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, 'get_device', lambda: 'cuda')
     with pytest.raises(ValueError, match='there is one .cuda.'):
         runner.GlooRunner(Model(), str(tmp_path), launcher='pytorch')
+
+
+def test_parts_of_results_lie_in_the_folder_of_the_run(tmp_path):
+    metrics = [
+        SimpleNamespace(collect_device=device, collect_dir=folder)
+        for device, folder in (('cpu', None), ('cpu', 'own'), ('gpu', None))
+    ]
+    evaluator = SimpleNamespace(metrics=metrics)
+    runner = SimpleNamespace(
+        log_dir=str(tmp_path),
+        val_evaluator=evaluator,
+        test_evaluator=evaluator,
+    )
+    from polynl_mm.engine.runner import CollectHook
+
+    CollectHook().before_test_epoch(runner)
+    assert [metric.collect_dir for metric in metrics] == [
+        str(tmp_path / 'parts'),
+        'own',
+        None,
+    ]
 
 
 if __name__ == '__main__':
