@@ -14,9 +14,8 @@ from mmengine.device import (
     is_musa_available,
     is_npu_available,
 )
-from mmengine.runner import find_latest_checkpoint
 
-from polynl_mm.engine import checks, cli, start, training_state
+from polynl_mm.engine import checkpoints, checks, cli, start, training_state
 from polynl_mm.engine.cli import StartError
 from polynl_mm.layers import StateDictMismatch
 
@@ -80,21 +79,52 @@ def set_resume(cfg, resume):
             checks.check_exists(cfg.load_from)
         return
     if resume == 'auto':
+        hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+        folder = cfg.work_dir
+        if hook.get('out_dir'):
+            name = os.path.basename(folder.rstrip(os.sep))
+            folder = os.path.join(hook.out_dir, name)
+        resume = checkpoints.newest(folder, cli.say)
         record = os.path.join(cfg.work_dir, 'last_checkpoint')
-        if not os.path.isfile(record):
+        if resume is None and os.path.isfile(record):
+            with open(record) as file:
+                raise StartError(
+                    f'--resume: {record} names {file.read()}, but there is no '
+                    f'whole checkpoint in {folder}'
+                )
+        if resume is None:
             cli.say(
-                f'--resume: no checkpoint in {cfg.work_dir} yet, training '
-                'starts from the beginning'
+                f'--resume: no checkpoint in {folder} yet, training starts '
+                'from the beginning'
             )
             return
-        resume = find_latest_checkpoint(cfg.work_dir)
-        if not os.path.isfile(resume):
-            raise StartError(
-                f'--resume: {record} names {resume}, which does not exist'
-            )
+        cli.say(f'--resume: from {resume}')
     checks.check_checkpoint(cfg, resume, resume=True)
+    set_seed(cfg, resume)
     cfg.resume = True
     cfg.load_from = resume
+
+
+def set_seed(cfg, resume):
+    """Take the seed of the checkpoint, before the order of data is drawn."""
+    if '://' in resume:
+        return
+    try:
+        state = checkpoints.read_state(os.path.expanduser(resume))
+    except Exception as error:  # torch raises all kinds on a damaged file
+        raise StartError(f'checkpoint {resume}: {error}') from error
+    if state is None:
+        raise StartError(f'checkpoint {resume} is not one of a training')
+    seed = state['meta'].get('seed')
+    randomness = dict(cfg.get('randomness') or {})
+    if seed is None or seed == randomness.get('seed'):
+        return
+    if randomness.get('seed') is not None:
+        cli.say(
+            f'--resume: randomness.seed={seed} as in {resume}, not '
+            f'{randomness["seed"]}'
+        )
+    cfg.randomness = dict(randomness, seed=seed)
 
 
 def main():
@@ -123,6 +153,13 @@ def main():
             runner.train()
     except StateDictMismatch as error:
         raise StartError(f'checkpoint {cfg.load_from}: {error}') from error
+    except OSError as error:
+        if error.errno not in checkpoints.FULL:
+            raise
+        raise StartError(
+            f'{error}: the training stopped after {runner.iter} iterations; '
+            f'{checkpoints.last_good(runner)}'
+        ) from error
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """What can not be started ends in one line, and leaves nothing behind."""
 
+import errno
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -998,11 +1000,11 @@ def test_resume_from_another_model(refuse, weights):
     assert '1 unexpected keys (roi_head.weight)' in line
 
 
-def test_resume_from_a_moved_work_dir(here, refuse):
+def test_resume_where_every_checkpoint_is_lost(here, refuse):
     (here / 'work').mkdir()
     write(here, 'work/last_checkpoint', '/gone/epoch_1.pth')
     line = refuse('train', 'det.py', '--work-dir', 'work', '--resume')
-    assert 'last_checkpoint names /gone/epoch_1.pth' in line
+    assert 'last_checkpoint names /gone/epoch_1.pth, but there is no' in line
 
 
 def set_resume(cfg, resume):
@@ -1018,14 +1020,45 @@ def test_resume_with_nothing_to_resume_starts_anew(here, capfd):
     assert 'no checkpoint in work yet' in capfd.readouterr().err
 
 
-def test_resume_finds_the_latest(here, weights):
+def test_resume_finds_the_newest_of_this_folder(here, weights, capfd):
+    """With its seed; a record of the folder it was copied from is none."""
     (here / 'work').mkdir()
-    path = here / weights(meta={}, message_hub={}, optimizer={})
-    write(here, 'work/last_checkpoint', str(path))
+    for number, second in ((1, '09'), (2, '08'), (3, '07')):
+        meta = dict(iter=number, seed=number, time=f'20260102_0304{second}')
+        path = weights(meta=meta, message_hub={}, optimizer={})
+        os.rename(path, f'work/epoch_{number}.pth')
+    write(here, 'work/last_checkpoint', '/original/epoch_3.pth')
+    write(here, 'work/epoch_4.pth', 'PK')
     cfg = Config.fromfile('det.py')
     cfg.work_dir = 'work'
+    cfg.randomness = dict(seed=7, deterministic=True)
     set_resume(cfg, 'auto')
-    assert (cfg.resume, cfg.load_from) == (True, str(path))
+    assert (cfg.resume, cfg.load_from) == (True, 'work/epoch_1.pth')
+    assert cfg.randomness == dict(seed=1, deterministic=True)
+    said = capfd.readouterr().err
+    assert 'work/epoch_4.pth is not whole: passed over' in said
+    assert '--resume: from work/epoch_1.pth' in said
+    assert 'randomness.seed=1 as in work/epoch_1.pth, not 7' in said
+
+
+def test_a_full_disk_stops_in_a_line(here, refuse, weights, monkeypatch):
+    """With the checkpoint from which it could go on."""
+    (here / 'work').mkdir()
+    path = weights(meta={}, message_hub={}, optimizer={})
+    os.rename(path, 'work/epoch_1.pth')
+
+    def train():
+        raise OSError(errno.ENOSPC, 'No space left on device', 'work/a.pth')
+
+    runner = SimpleNamespace(train=train, iter=7, work_dir='work', hooks=[])
+    monkeypatch.setattr(
+        'polynl_mm.engine.start.build_runner', lambda *args: runner
+    )
+    assert refuse('train', 'det.py', '--work-dir', 'work') == (
+        "[Errno 28] No space left on device: 'work/a.pth': the training "
+        'stopped after 7 iterations; the last good checkpoint is '
+        'work/epoch_1.pth'
+    )
 
 
 def test_weights_to_start_from_missing(refuse):
