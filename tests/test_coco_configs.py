@@ -165,6 +165,11 @@ def assert_adds_only_blocks(cfg, host):
     hooks = cfg.pop('custom_hooks')
     assert hooks.pop() == dict(type='polynl_mm.PolyNLHook')
     assert hooks == host.pop('custom_hooks', [])
+    for key in ('resume', 'finite_loss'):
+        del cfg['default_hooks'][key]
+    checkpoint = cfg['default_hooks']['checkpoint']
+    assert checkpoint.pop('type') == 'polynl_mm.CheckpointHook'
+    assert host['default_hooks']['checkpoint'].pop('type') == 'CheckpointHook'
     paramwise = cfg['optim_wrapper'].pop('paramwise_cfg')
     for key in ('poly_nl.alpha', 'poly_nl.beta'):
         assert paramwise['custom_keys'].pop(key) == dict(decay_mult=0)

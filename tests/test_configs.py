@@ -83,10 +83,17 @@ def test_file_names_are_unique(host):
 
 
 @pytest.mark.parametrize('name', LEAVES)
-def test_names_our_hook(name):
+def test_names_our_hooks(name):
     """The rivals' too: nothing but the block differs."""
-    hooks = Config.fromfile(CONFIGS / name).get('custom_hooks', [])
+    cfg = Config.fromfile(CONFIGS / name)
+    hooks = cfg.get('custom_hooks', [])
     assert hooks.count(dict(type='polynl_mm.PolyNLHook')) == 1
+    for key, kind in (
+        ('checkpoint', 'CheckpointHook'),
+        ('resume', 'ResumeHook'),
+        ('finite_loss', 'FiniteLossHook'),
+    ):
+        assert cfg.default_hooks[key].type == f'polynl_mm.{kind}'
 
 
 @pytest.mark.parametrize('name', LEAVES)

@@ -10,4 +10,5 @@ data_preprocessor = dict(size=(512, 1024))
 model = dict(data_preprocessor=data_preprocessor)
 custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
+default_hooks = _base_.polynl_default_hooks
 optim_wrapper = _base_.polynl_optim

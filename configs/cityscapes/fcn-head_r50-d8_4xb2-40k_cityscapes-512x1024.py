@@ -4,4 +4,5 @@ _base_ = [
 ]
 custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
+default_hooks = _base_.polynl_default_hooks
 optim_wrapper = _base_.polynl_optim

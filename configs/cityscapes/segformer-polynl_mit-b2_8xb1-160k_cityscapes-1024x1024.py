@@ -14,6 +14,7 @@ model = dict(
 )
 custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
+default_hooks = _base_.polynl_default_hooks
 # The head learns ten times as fast. Of several keys that match, the longest
 # alone counts.
 optim_wrapper = dict(

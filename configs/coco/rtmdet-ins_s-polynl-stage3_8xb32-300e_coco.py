@@ -11,6 +11,7 @@ model = dict(
 )
 custom_imports = _base_.polynl_imports
 custom_hooks = _base_.custom_hooks + _base_.polynl_hooks
+default_hooks = _base_.polynl_default_hooks
 optim_wrapper = _base_.polynl_optim
 # mmdet leaves 16 here, though its rate is for 8 GPUs with 32 pictures.
 auto_scale_lr = dict(base_batch_size=256)

@@ -152,8 +152,13 @@ param_scheduler = [
 auto_scale_lr = dict(enable=False, base_batch_size=8)
 
 default_hooks = dict(
+    _base_.polynl_default_hooks,
     logger=dict(interval=10),
-    checkpoint=dict(max_keep_ckpts=1, save_best='coco/segm_mAP'),
+    checkpoint=dict(
+        type='polynl_mm.CheckpointHook',
+        max_keep_ckpts=1,
+        save_best='coco/segm_mAP',
+    ),
 )
 randomness = dict(seed=0)
 custom_imports = _base_.polynl_imports

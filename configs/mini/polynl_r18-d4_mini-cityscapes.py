@@ -114,11 +114,12 @@ param_scheduler = [
 auto_scale_lr = dict(enable=False, base_batch_size=4)
 
 default_hooks = dict(
+    _base_.polynl_default_hooks,
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook',
+        type='polynl_mm.CheckpointHook',
         by_epoch=False,
         interval=200,
         max_keep_ckpts=1,

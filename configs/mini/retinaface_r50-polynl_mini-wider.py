@@ -117,9 +117,13 @@ param_scheduler = [
 auto_scale_lr = dict(enable=False, base_batch_size=8)
 
 default_hooks = dict(
+    _base_.polynl_default_hooks,
     logger=dict(interval=10),
     checkpoint=dict(
-        max_keep_ckpts=1, save_best='wider_face/hard', rule='greater'
+        type='polynl_mm.CheckpointHook',
+        max_keep_ckpts=1,
+        save_best='wider_face/hard',
+        rule='greater',
     ),
     visualization=dict(score_thr=0.5),
 )

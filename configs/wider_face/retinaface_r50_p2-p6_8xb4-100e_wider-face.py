@@ -6,12 +6,14 @@ _base_ = [
     '../_base_/polynl.py',
 ]
 default_hooks = dict(
+    _base_.polynl_default_hooks,
     checkpoint=dict(
+        type='polynl_mm.CheckpointHook',
         interval=10,
         max_keep_ckpts=3,
         save_best='wider_face/hard',
         rule='greater',
-    )
+    ),
 )
 visualizer = dict(type='polynl_mm.FaceVisualizer')
 custom_imports = _base_.polynl_imports
