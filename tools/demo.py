@@ -11,7 +11,6 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
     sys.path.insert(0, ROOT)
 
 import cv2
-import mmcv
 import numpy as np
 from rich.progress import track
 
@@ -19,6 +18,7 @@ from polynl_mm.engine import checks, cli, start
 from polynl_mm.engine.cli import StartError
 from polynl_mm.engine.hosts import host_of, plain_loader
 from polynl_mm.faces.files import decode_picture
+from polynl_mm.limits import MAX_PIXELS
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
@@ -44,18 +44,24 @@ def parse_args():
     parser.add_argument(
         '--device', help='such as cuda:0 or cpu; by default a GPU if any'
     )
+    parser.add_argument(
+        '--max-pixels',
+        type=int,
+        default=MAX_PIXELS,
+        help='draw no image of more pixels; decoded, each takes 3 bytes',
+    )
     parser.add_tiles()
     parser.add_config_options()
     return parser.parse_args()
 
 
-def find_images(path):
+def find_images(path, max_pixels):
     """Give the image, or those of the folder that may be images."""
     path = Path(path)
     if not path.exists():
         raise StartError(f'{path} does not exist')
     if not path.is_dir():
-        check_image(path)
+        check_image(path, max_pixels)
         return [str(path)]
     images = [
         str(file)
@@ -68,15 +74,19 @@ def find_images(path):
     return images
 
 
-def check_image(path):
+def check_image(path, max_pixels):
     """Decode an image as the hosts do, whose errors name no file.
 
     Raises:
         StartError: It is none, or none that they can draw on.
     """
+    # Not for those who ask for --help alone.
+    from mmcv import imfrombytes
+
     path = Path(path)
     try:
-        pixels = decode_picture(path.read_bytes(), path, mmcv.imfrombytes)
+        content = path.read_bytes()
+        pixels = decode_picture(content, path, imfrombytes, max_pixels)
     except (OSError, ValueError) as error:
         raise StartError(str(error)) from error
     if pixels.dtype != np.uint8:
@@ -91,7 +101,7 @@ def check_image(path):
 def main():
     """Draw; the exit code is 1 if some of the images could not be drawn."""
     args = parse_args()
-    images = find_images(args.images)
+    images = find_images(args.images, args.max_pixels)
     cfg = start.read_config(args.config, args.cfg_options)
     checks.require(cfg, 'model', 'test_dataloader', 'visualizer')
     host = host_of(cfg)
@@ -117,7 +127,7 @@ def main():
     for number, image in enumerate(track(images, 'Drawing')):
         # One by one, as the hosts keep the results of all that they are given.
         try:
-            check_image(image)
+            check_image(image, args.max_pixels)
         except StartError as error:
             bad += 1
             cli.say(f'not drawn: {error}')

@@ -116,6 +116,11 @@ def set_seed(cfg, resume):
     if state is None:
         raise StartError(f'checkpoint {resume} is not one of a training')
     seed = state['meta'].get('seed')
+    if not (seed is None or (type(seed) is int and 0 <= seed < 2**32)):
+        raise StartError(
+            f'checkpoint {resume} can not be resumed from: its seed is '
+            f'{seed!r}, expected a whole number below 2**32'
+        )
     randomness = dict(cfg.get('randomness') or {})
     if seed is None or seed == randomness.get('seed'):
         return

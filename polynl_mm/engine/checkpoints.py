@@ -21,7 +21,7 @@ from mmengine.utils import digit_version
 
 from polynl_mm.registry import HOOKS
 
-from . import safe_load  # noqa: F401  (checkpoints of mmengine are read)
+from . import safe_load
 
 # The end of the name of a file that is being written.
 _PART = '.part'
@@ -186,6 +186,16 @@ def read_state(path: str) -> dict | None:
     return found if {'message_hub', 'optimizer'} <= set(found) else None
 
 
+def _age(path: str) -> tuple[str, int] | None:
+    """Give the time it was written, and after how many iterations."""
+    state = read_state(path)
+    if state is None:
+        return None
+    # As mmengine writes them; of a checkpoint by others, none.
+    time, done = state['meta'].get('time', ''), state['meta'].get('iter')
+    return str(time), done if type(done) is int else 0
+
+
 def newest(folder: str, tell=lambda message: None) -> str | None:
     """Give the newest whole checkpoint of a training, or None.
 
@@ -199,15 +209,12 @@ def newest(folder: str, tell=lambda message: None) -> str | None:
     states = []
     for path in sorted(glob(f'{escape(folder)}/*.pth')):
         try:
-            state = read_state(path)
-        except Exception:  # torch raises all kinds on a damaged file
+            age = safe_load.call_on_checkpoint(_age, path)
+        except ValueError:
             tell(f'{path} is not whole: passed over')
             continue
-        if state is not None:
-            meta = state['meta']
-            # As mmengine writes them; of a checkpoint by others, none.
-            time, done = str(meta.get('time', '')), meta.get('iter')
-            states.append((time, done if type(done) is int else 0, path))
+        if age is not None:
+            states.append((*age, path))
     for part in sorted(glob(f'{escape(folder)}/*.pth{_PART}')):
         tell(f'{part} was never finished: passed over')
     for _, _, path in sorted(states, reverse=True):

@@ -55,7 +55,9 @@ class CollectHook(Hook):
 
     def _name(self, runner: Runner, evaluator) -> None:
         for metric in evaluator.metrics:
-            if metric.collect_device == 'cpu' and metric.collect_dir is None:
+            # One that is none of mmengine collects for itself.
+            device = getattr(metric, 'collect_device', None)
+            if device == 'cpu' and metric.collect_dir is None:
                 metric.collect_dir = os.path.join(runner.log_dir, 'parts')
 
 

@@ -15,6 +15,7 @@ the loader: :func:`read_checkpoint` finds out in a child process.
 """
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -161,18 +162,30 @@ def read_checkpoint(path: str):
             for every 10 MB.
     """
     if '://' not in path:
-        size = os.path.getsize(os.path.expanduser(path))
-        call_in_child(
-            *(_try, path),
-            memory=1024 * MB + 4 * size,
-            seconds=60 + size // (10 * MB),
-        )
+        call_on_checkpoint(_try, path)
     return CheckpointLoader.load_checkpoint(path, 'cpu', 'silent')
 
 
-def _try(path: str) -> None:
-    # The threads of the parent are not here.
+def call_on_checkpoint(read: Callable, path: str):
+    """Call a reader of a local checkpoint in a child process.
+
+    Within the limits of :func:`read_checkpoint`; it raises as that.
+    """
+    size = os.path.getsize(os.path.expanduser(path))
+    return call_in_child(
+        *(_with_one_thread, read, path),
+        memory=1024 * MB + 4 * size,
+        seconds=60 + size // (10 * MB),
+    )
+
+
+def _with_one_thread(read: Callable, path: str):
+    # The threads of the parent are not in the child.
     torch.set_num_threads(1)
+    return read(path)
+
+
+def _try(path: str) -> None:
     checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', 'silent')
     # As mmengine walks what it saves again: not all that can be loaded in no
     # time can be walked in any.

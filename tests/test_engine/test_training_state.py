@@ -209,8 +209,11 @@ CASES = {
     'before': (meta(epoch=-1), "meta['epoch']=-1, expected 0 to"),
     'text as count': (meta(iter='2'), "meta['iter']='2'"),
     'no count': (lambda state: state['meta'].clear(), "meta['epoch']=None"),
-    'no meta': (lambda state: state.update(meta=[1]), 'TypeError'),
-    'seed': (meta(seed='x'), 'could not convert|invalid|ValueError|TypeError'),
+    'no meta': (
+        lambda state: state.update(meta=[1]),
+        ' is not one of a training',
+    ),
+    'seed': (meta(seed='x'), "its seed is 'x', expected a whole number"),
     'weights as list': (
         lambda state: state.update(state_dict=[1]),
         'its state_dict, a list, is no dict by names',
@@ -311,7 +314,12 @@ def test_a_state_that_does_not_fit_is_refused(refused, name):
     message = refused(change)
     assert any(each in message for each in said.split('|')), message
     assert message.startswith(
-        (' can not be resumed from: ', ': its state_dict', ' does not fit')
+        (
+            ' can not be resumed from: ',
+            ' is not one of a training',
+            ': its state_dict',
+            ' does not fit',
+        )
     )
 
 

@@ -79,6 +79,7 @@ def test_a_folder_of_which_some_are_no_pictures(
         'float.tiff': cv2.imencode('.tiff', image / np.float32(255))[1],
         'none': png,
         'zero.png': b'',
+        'large.png': cv2.imencode('.png', np.zeros((100, 100), np.uint8))[1],
     }
     for name, content in bad.items():
         (folder / name).write_bytes(bytes(content))
@@ -86,7 +87,7 @@ def test_a_folder_of_which_some_are_no_pictures(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.path', __import__('sys').path[:])
-    args = [place / 'seg.py', 'some.pth', '--out', 'out']
+    args = [place / 'seg.py', 'some.pth', '--out', 'out', '--max-pixels', 9999]
     monkeypatch.setattr('sys.argv', ['demo.py', 'pictures', *map(str, args)])
     seen = []
     call = MMSegInferencer.__call__
@@ -103,9 +104,9 @@ def test_a_folder_of_which_some_are_no_pictures(
     assert '2 pictures in out/vis' in out
     lines = [line for line in err.splitlines() if line.startswith('demo.py:')]
     assert [line.split(': ')[2].split('/')[-1] for line in lines[:-1]] == [
-        *bad
+        *sorted(bad)
     ]
-    assert lines[-1] == 'demo.py: 5 of 7 pictures could not be drawn'
+    assert lines[-1] == 'demo.py: 6 of 8 pictures could not be drawn'
     # The results of one are on the disk before the next one is begun.
     assert seen == [
         ('pictures/a.png', []),
@@ -113,7 +114,7 @@ def test_a_folder_of_which_some_are_no_pictures(
     ]
     assert sorted(p.name for p in Path('out').rglob('*.*')) == [
         '00000000_pred.png',
-        '00000005_pred.png',
+        '00000006_pred.png',
         'a.png',
         'z.jpg',
     ]
