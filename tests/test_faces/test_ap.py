@@ -9,6 +9,7 @@ from oracles import wider_face_loop
 from polynl_mm.faces.ap import (
     average_precision,
     evaluate,
+    misread,
     precision_recall,
 )
 from polynl_mm.faces.files import load_wider_face_gt
@@ -403,10 +404,30 @@ def test_missing_and_unknown_pictures(three):
     some = {image: rows[image] for image in gt.images[1:]}
     with pytest.raises(ValueError, match='a--A/A; missing are 1 of 3'):
         evaluate(gt, some)
+    with pytest.raises(ValueError, match='a--A/A; missing are 1 of 3'):
+        precision_recall(gt, some)
     as_empty = evaluate(gt, some, missing_as_empty=True)
     assert as_empty == evaluate(gt, {**some, 'a--A/A': []})
     with pytest.raises(ValueError, match="'a--A/D': the ground truth has no"):
         evaluate(gt, {**rows, 'a--A/D': []}, missing_as_empty=True)
+
+
+def test_boxes_that_are_read_another_way(tmp_path, write):
+    faces = np.array(
+        [(100, 100, 20, 20), (200, 100, 30, 20), (100, 300, 25, 25)], float
+    )
+    low, size = np.split(faces, 2, 1)
+    ways = {
+        None: (low, size),
+        'x1 y1 x2 y2': (low, low + size),
+        'the centre, width, height': (low + size / 2, size),
+    }
+    for way, boxes in ways.items():
+        rows = np.hstack([*boxes, np.ones((3, 1))])
+        pictures = {'a--A/A': (*all_kept(*faces), rows)}
+        gt = load_wider_face_gt(write.gt(tmp_path / 'gt', pictures))
+        met = 0 if way else 3
+        assert misread(gt, {'a--A/A': rows}) == (met, way)
 
 
 @pytest.mark.parametrize('bad', (np.nan, np.inf, -np.inf))
