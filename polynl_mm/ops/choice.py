@@ -94,26 +94,26 @@ def cost(
         found = Cost(
             convolutions=steps * 3 * out**2,
             temporaries=(18 if backward else 7) * out,
-            launches=27 if backward else 9,
+            launches=40 if backward else 12,
         )
     elif form == Form('gram'):
         found = Cost(
             products=(5 if backward else 2) * out**2,
             algebra=steps * out**3,
-            launches=30 if backward else 9,
+            launches=32 if backward else 11,
         )
     elif form == Form('direct', behind=True):
         found = Cost(
             convolutions=steps * (3 * out * c + out**2),
             algebra=6 * out**2 * c if backward else 0,
             temporaries=(18 if backward else 7) * out,
-            launches=43 if backward else 10,
+            launches=56 if backward else 13,
         )
     else:
         found = Cost(
             products=steps * out * c + (2 if backward else 1) * c**2,
             algebra=steps * out * c**2 + (9 if backward else 1) * out**2 * c,
-            launches=93 if backward else 23,
+            launches=95 if backward else 25,
         )
     if lean:
         if form == Form('direct', behind=True):  # folded, as gram is

@@ -829,6 +829,7 @@ def test_folder_for_predictions_that_can_not_be_made(here, refuse):
     config = write(here, 'metric.py', WIDER_TEST)
     line = refuse(
         *('train', config, '--cfg-options', 'val_evaluator.out_dir=det.py'),
+        'model.bbox_head.num_classes=2',
         work_dir_made=True,
     )
     assert line == 'out_dir=det.py can not be written: File exists'
