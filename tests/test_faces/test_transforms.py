@@ -15,6 +15,7 @@ from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.registry import DefaultScope
 from mmengine.runner import set_random_seed
 
+from polynl_mm.faces import transforms
 from polynl_mm.faces.boxes import FaceBoxes
 from polynl_mm.registry import TRANSFORMS
 
@@ -798,3 +799,23 @@ def test_a_missing_picture_is_named(tmp_path):
 def test_outdated_argument_is_refused():
     with pytest.raises(ValueError, match='backend_args'):
         build('LoadImageFromFile', file_client_args=dict(backend='disk'))
+
+
+@pytest.mark.parametrize(
+    'most, shape', [(None, (200, 400)), (400, (200, 400)), (120, (60, 120))]
+)
+def test_a_limit_of_the_longer_side(most, shape):
+    resize = transforms.Resize(
+        scale_factor=4.0, keep_ratio=True, max_side=most
+    )
+    results = resize.transform(dict(img=np.zeros((50, 100, 3), np.uint8)))
+    assert results['img_shape'] == results['img'].shape[:2] == shape
+
+
+def test_boxes_and_centres_at_the_edge_of_a_square():
+    """The whole box may touch it, a centre must be strictly inside."""
+    boxes, corner = np.array([[0, 0, 10, 10], [10, 0, 10, 6]], float), [0, 0]
+    corner = np.array(corner, float)
+    assert transforms._within(boxes, corner, 10).tolist() == [True, True]
+    assert transforms._within(boxes, corner, 9).tolist() == [False, False]
+    assert transforms._centred(boxes, corner, 10).tolist() == [True, False]
