@@ -20,6 +20,8 @@ MB = 2**20
 # 16384 x 16384; decoded to 3 bytes each, 0.8 GB.
 MAX_PIXELS = 2**28
 _PILLOW = threading.Lock()
+# What is forked while it is held may start children, too.
+_STARTING = threading.RLock()
 # Elsewhere a child must import everything anew.
 _START = 'fork' if sys.platform == 'linux' else 'spawn'
 
@@ -52,7 +54,7 @@ def call_in_child(read: Callable, *args, memory: int, seconds: float):
     with warnings.catch_warnings():
         # Python 3.12 warns of a fork beside threads. The child waits for none.
         warnings.simplefilter('ignore', DeprecationWarning)
-        child.start()
+        _start(child)
     theirs.close()
     try:
         if not ours.poll(seconds):
@@ -73,6 +75,26 @@ def call_in_child(read: Callable, *args, memory: int, seconds: float):
     if not done:
         raise ValueError(value)
     return value
+
+
+def _start(child) -> None:
+    """Start it, also in a worker of a pool or of a data loader.
+
+    They are daemons, to which multiprocessing refuses children, as those
+    could outlive them; this one ends by itself.
+    """
+    import multiprocessing
+
+    this = multiprocessing.current_process()
+    with _STARTING:
+        daemon = this.daemon
+        if daemon:
+            this.daemon = False
+        try:
+            child.start()
+        finally:
+            if daemon:
+                this.daemon = True
 
 
 def _call(pipe, read: Callable, args: tuple, memory: int) -> None:

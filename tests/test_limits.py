@@ -1,6 +1,7 @@
 """What is called in a child does harm to it only; pictures have a size."""
 
 import io
+import multiprocessing
 import os
 import signal
 import struct
@@ -59,6 +60,21 @@ def test_a_crash_is_told(how, capfd):
     assert failure(end, how) == f'reading it ends in {how.name}'
     assert failure(os._exit, 3) == 'reading it ends in code 3'
     assert capfd.readouterr() == ('', '')
+
+
+def test_a_daemon_reads_in_a_child(capfd):
+    """Such as the workers of a pool and of a data loader."""
+    with multiprocessing.Pool(1) as pool:
+        assert pool.apply(call, (fill, 7)) == 7
+        assert (
+            pool.apply(failure, (os._exit, 3)) == 'reading it ends in code 3'
+        )
+        assert pool.apply(is_daemon)
+    assert call(is_daemon)
+
+
+def is_daemon():
+    return multiprocessing.current_process().daemon
 
 
 def png(width, height):
