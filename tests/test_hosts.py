@@ -162,6 +162,17 @@ def two(*cfgs):
     ]
 
 
+class OwnBlock(torch.nn.Module):
+    after_conv3_plugins = (POLY_NL, CONTEXT)
+
+    def forward_plugin(self, x, names):
+        return self.wanted(x)
+
+
+def test_plugins_of_a_block_that_tells_nothing():
+    OwnBlock().poly_nl = PolyNL2d(4)
+
+
 @pytest.mark.parametrize('cfgs', [(POLY_NL, CONTEXT), (CONTEXT, POLY_NL)])
 def test_host_that_loses_all_plugins_but_the_last(cfgs):
     with pytest.raises(
