@@ -131,8 +131,14 @@ def _check_hub(hub: dict, folder: str) -> None:
     ):
         raise ValueError(f"message_hub has 'keep_ckpt_ids' {steps!r}")
     for name, value in info.items():
-        if name.startswith('best_score') and not isinstance(value, Real):
-            raise ValueError(f'message_hub has {name!r} {value!r}')
+        if name.startswith('best_score'):
+            # Metrics may give arrays of one number.
+            if isinstance(value, (Tensor, np.ndarray)) and (
+                math.prod(value.shape) == 1
+            ):
+                value = info[name] = value.item()
+            if not isinstance(value, Real):
+                raise ValueError(f'message_hub has {name!r} {value!r}')
         # CheckpointHook deletes it when there is a better one.
         if name.startswith('best_ckpt') and value is not None:
             info[name] = os.path.join(folder, os.path.basename(value))

@@ -177,6 +177,17 @@ def test_a_file_elsewhere_is_not_deleted(resume, tmp_path):
     assert (folder / 'best_up_iter_4.pth').exists()
 
 
+@pytest.mark.parametrize(
+    'score', [torch.tensor([99.0]), np.float32(99), np.array(99.0)], ids=str
+)
+def test_a_score_as_a_metric_gives_it(resume, score):
+    """A one-element tensor or a number of numpy; none is better than it."""
+    folder = resume(hub('runtime_info', best_score=score))
+    saved = torch.load(folder / 'iter_4.pth')
+    assert saved['message_hub']['runtime_info']['best_score'] == 99
+    assert not (folder / 'best_up_iter_4.pth').exists()
+
+
 def hub(part, **values):
     return lambda state: state['message_hub'][part].update(values)
 
