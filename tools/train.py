@@ -84,7 +84,13 @@ def set_resume(cfg, resume):
         if hook.get('out_dir'):
             name = os.path.basename(folder.rstrip(os.sep))
             folder = os.path.join(hook.out_dir, name)
-        resume = checkpoints.newest(folder, cli.say)
+        try:
+            resume = checkpoints.newest(folder, cli.say)
+        except ValueError as error:
+            raise StartError(
+                f'--resume: {error}: to start anew, move what can not be read '
+                'out of there'
+            ) from error
         record = os.path.join(cfg.work_dir, 'last_checkpoint')
         if resume is None and os.path.isfile(record):
             with open(record) as file:

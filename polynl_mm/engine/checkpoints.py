@@ -10,7 +10,7 @@ import errno
 import os
 from contextlib import suppress
 from glob import escape, glob
-from zipfile import ZipFile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from mmengine import hooks
@@ -177,9 +177,10 @@ def read_state(path: str) -> dict | None:
     Raises:
         Exception: Of any kind, as torch does if the file is not whole.
     """
-    # Before 2.6, torch.load refuses mmengine's where it is restricted.
-    lazy = digit_version(torch.__version__) >= digit_version('2.6.0')
-    options = dict(mmap=True) if lazy else {}
+    # Before 2.6, torch.load refuses mmengine's where it is restricted. Files
+    # of the format before torch 1.6 are no archives, and are read at once.
+    new = digit_version(torch.__version__) >= digit_version('2.6.0')
+    options = dict(mmap=True) if new and is_zipfile(path) else {}
     found = torch.load(path, map_location='cpu', **options)
     if not isinstance(found, dict) or not isinstance(found.get('meta'), dict):
         return None
@@ -205,13 +206,20 @@ def newest(folder: str, tell=lambda message: None) -> str | None:
     Args:
         folder (str): Looked through, without what is below it.
         tell (Callable): Is given a line about each file that is not whole.
+
+    Raises:
+        ValueError: There are files that can not be read, and none that can:
+            a training may be lost that starts anew. Those with weights alone,
+            and the first that a kill left unfinished, count as neither.
     """
-    states = []
+    states, lost = [], []
     for path in sorted(glob(f'{escape(folder)}/*.pth')):
         try:
             age = safe_load.call_on_checkpoint(_age, path)
-        except ValueError:
-            tell(f'{path} is not whole: passed over')
+        except ValueError as error:
+            reason = safe_load.reason(error)
+            tell(f'{path} can not be read ({reason}): passed over')
+            lost.append(path)
             continue
         if age is not None:
             states.append((*age, path))
@@ -219,10 +227,18 @@ def newest(folder: str, tell=lambda message: None) -> str | None:
         tell(f'{part} was never finished: passed over')
     for _, _, path in sorted(states, reverse=True):
         # Of what was not read yet, the sums say whether it is right.
+        if not is_zipfile(path):
+            return path
         with suppress(Exception), ZipFile(path) as file:
             if file.testzip() is None:
                 return path
         tell(f'{path} is damaged: passed over')
+        lost.append(path)
+    if lost:
+        raise ValueError(
+            f'there is no whole checkpoint in {folder}, but '
+            + ', '.join(sorted(lost))
+        )
     return None
 
 
@@ -232,7 +248,9 @@ def last_good(runner: Runner) -> str:
     for hook in runner.hooks:
         if isinstance(hook, hooks.CheckpointHook):
             folder = hook.out_dir or folder
-    path = newest(folder)
+    path = None
+    with suppress(ValueError):
+        path = newest(folder)
     if path is None:
         return f'there is no whole checkpoint in {folder}'
     return f'the last good checkpoint is {path}'

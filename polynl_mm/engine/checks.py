@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from .cli import LAUNCHERS, StartError, rank, say
 from .heads import check_heads
 from .hosts import HOSTS
-from .safe_load import read_checkpoint
+from .safe_load import read_checkpoint, reason
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -377,7 +377,7 @@ def check_checkpoint(cfg: Config, path: str, resume: bool = False) -> None:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # torch raises all kinds on a damaged file
         raise StartError(
-            f'checkpoint {path} can not be read: {_reason(error)}'
+            f'checkpoint {path} can not be read: {reason(error)}'
         ) from error
     if not isinstance(checkpoint, dict):
         raise StartError(
@@ -405,18 +405,6 @@ def check_checkpoint(cfg: Config, path: str, resume: bool = False) -> None:
             f'checkpoint {path} does not fit the model of {cfg.filename}: '
             + ', '.join(misfits)
         )
-
-
-def _reason(error: Exception) -> str:
-    """Say in a line why a file was not read.
-
-    torch puts the reason amid the advice to switch the safe loader off.
-    """
-    text = str(error) or 'it is cut short'
-    if text.startswith('Weights only load failed'):
-        text = text.split('\n\nCheck the documentation')[0].split('\n')[-1]
-        text = text.replace('WeightsUnpickler error: ', '').strip()
-    return text.split('\n')[0].split(' Please use')[0]
 
 
 def _misfits(cfg: Config, state_dict: dict) -> list[str]:

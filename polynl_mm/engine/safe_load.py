@@ -179,6 +179,18 @@ def call_on_checkpoint(read: Callable, path: str):
     )
 
 
+def reason(error: Exception) -> str:
+    """Say in a line why a file was not read.
+
+    torch puts the reason amid the advice to switch the safe loader off.
+    """
+    text = str(error) or 'it is cut short'
+    if text.startswith('Weights only load failed'):
+        text = text.split('\n\nCheck the documentation')[0].split('\n')[-1]
+        text = text.replace('WeightsUnpickler error: ', '').strip()
+    return text.split('\n')[0].split(' Please use')[0]
+
+
 def _with_one_thread(read: Callable, path: str):
     # The threads of the parent are not in the child.
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from mmengine.runner import save_checkpoint  # noqa: E402
 from polynl_mm.engine.checkpoints import (  # noqa: E402
     CheckpointHook,
     WholeFiles,
+    last_good,
     newest,
     read_state,
 )
@@ -177,10 +179,32 @@ def test_the_newest_is_whole_and_not_the_best(tmp_path):
     two.write_bytes(damaged)
     told = []
     assert newest(str(tmp_path), told.append) == str(one)
-    assert told == [
-        f'{three} is not whole: passed over',
-        f'{two} is damaged: passed over',
-    ]
+    cut, changed = told
+    assert cut.startswith(f'{three} can not be read (PytorchStreamReader ')
+    assert cut.endswith('): passed over')
+    assert changed == f'{two} is damaged: passed over'
+    # Weights, which are there, are no training.
+    torch.save({}, one)
+    for path in tmp_path.glob('best_*'):
+        path.unlink()
+    with pytest.raises(ValueError) as caught:
+        newest(str(tmp_path))
+    assert str(caught.value) == (
+        f'there is no whole checkpoint in {tmp_path}, but {two}, {three}'
+    )
+    runner = SimpleNamespace(work_dir=str(tmp_path), hooks=[])
+    assert last_good(runner) == f'there is no whole checkpoint in {tmp_path}'
+
+
+def test_a_file_of_the_old_format(tmp_path):
+    """Its tensors can not be left on the disk until they are used."""
+    training = Training(tmp_path)
+    training.run_epoch(1)
+    path = tmp_path / 'epoch_1.pth'
+    state = read_state(str(path))
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert newest(str(tmp_path)) == str(path)
+    assert read_state(str(path))['message_hub'] == state['message_hub']
 
 
 def test_a_copy_stands_for_itself(tmp_path):

@@ -1012,6 +1012,23 @@ def set_resume(cfg, resume):
     runpy.run_path(str(TOOLS / 'train.py'))['set_resume'](cfg, resume)
 
 
+def test_resume_where_no_checkpoint_can_be_read(here, weights):
+    (here / 'work').mkdir()
+    cfg = Config.fromfile('det.py')
+    cfg.work_dir = 'work'
+    # Weights alone are none.
+    os.rename(weights(), 'work/pretrained.pth')
+    set_resume(cfg, 'auto')
+    assert not cfg.resume
+    write(here, 'work/epoch_1.pth', 'PK')
+    with pytest.raises(cli.StartError) as caught:
+        set_resume(cfg, 'auto')
+    assert str(caught.value) == (
+        '--resume: there is no whole checkpoint in work, but work/epoch_1.pth:'
+        ' to start anew, move what can not be read out of there'
+    )
+
+
 def test_resume_with_nothing_to_resume_starts_anew(here, capfd):
     cfg = Config.fromfile('det.py')
     cfg.work_dir = 'work'
@@ -1037,7 +1054,7 @@ def test_resume_finds_the_newest_of_this_folder(here, weights, capfd):
     assert (cfg.resume, cfg.load_from) == (True, 'work/epoch_1.pth')
     assert cfg.randomness == dict(seed=1, deterministic=True)
     said = capfd.readouterr().err
-    assert 'work/epoch_4.pth is not whole: passed over' in said
+    assert 'work/epoch_4.pth can not be read (' in said
     assert '--resume: from work/epoch_1.pth' in said
     assert 'randomness.seed=1 as in work/epoch_1.pth, not 7' in said
 
