@@ -80,7 +80,7 @@ def check_data(cfg: Config, *phases: str) -> None:
 
     Paths are joined as ``mmengine.dataset.BaseDataset`` joins them. Samples
     themselves are checked, too, where the host has such a check, see
-    :attr:`polynl_mm.engine.hosts.Host.check_dataset`, and a model to train is
+    :attr:`polynl_mm.engine.hosts.Host.check_datasets`, and a model to train is
     compared with its data.
 
     Args:
@@ -128,12 +128,12 @@ def check_data(cfg: Config, *phases: str) -> None:
                 resolve_name(host.check_train)(cfg)
             except ValueError as error:
                 raise StartError(f'config {cfg.filename}: {error}') from error
-    if host and host.check_dataset:
-        _check_samples(cfg, phases, resolve_name(host.check_dataset))
+    if host and host.check_datasets:
+        _check_samples(cfg, phases, resolve_name(host.check_datasets))
 
 
 def _check_samples(
-    cfg: Config, phases: Iterable[str], check_dataset: Callable
+    cfg: Config, phases: Iterable[str], check_datasets: Callable
 ) -> None:
     part = slice(None)
     if cfg.get('launcher', 'none') != 'none':
@@ -142,17 +142,16 @@ def _check_samples(
         number, size, _ = LAUNCHERS[cfg.launcher]
         part = slice(int(os.environ[number]), None, int(os.environ[size]))
     for phase in phases:
-        for dataset in leaf_datasets(cfg.get(f'{phase}_dataloader') or {}):
-            paths = [dataset.get('data_root') or '']
-            paths += (dataset.get('data_prefix') or {}).values()
-            if 'type' not in dataset or _remote(dataset, *paths):
-                continue
-            try:
-                check_dataset(dataset, say, part)
-            except ValueError as error:
-                raise StartError(
-                    f'config {cfg.filename}: {phase}_dataloader: {error}'
-                ) from error
+        leaves = [*leaf_datasets(cfg.get(f'{phase}_dataloader') or {})]
+        here = [leaf for leaf in leaves if 'type' in leaf and _local(leaf)]
+        # Where some can not be looked at, they may hold what the others lack.
+        training = phase == 'train' and len(here) == len(leaves)
+        try:
+            check_datasets(here, say, part, training)
+        except ValueError as error:
+            raise StartError(
+                f'config {cfg.filename}: {phase}_dataloader: {error}'
+            ) from error
 
 
 def _check_mixing(cfg: Config, phase: str, dataset: dict) -> None:
@@ -181,6 +180,11 @@ def _check_mixing(cfg: Config, phase: str, dataset: dict) -> None:
                 'MultiImageMixDataset around the data set, not into that of '
                 f'the {dataset.get("type")} itself'
             )
+
+
+def _local(dataset: dict) -> bool:
+    prefixes = (dataset.get('data_prefix') or {}).values()
+    return not _remote(dataset, dataset.get('data_root'), *prefixes)
 
 
 def _remote(owner: dict, *paths: str | None) -> bool:

@@ -39,9 +39,10 @@ class Host:
             of a data set.
         set_up: 'module:name' of what the host's own tools call first, without
             arguments.
-        check_dataset: 'module:name' of what looks at every sample before a
-            start, given the config of a data set, what tells the user a line,
-            and the slice of the samples that is this process's to read.
+        check_datasets: 'module:name' of what looks at every sample before a
+            start, given the configs of the data sets of a loader, what tells
+            the user a line, the slice of the samples that is this process's
+            to read, and whether these are all that a model is to learn from.
             Raises ValueError at the first that is wrong.
         check_train: 'module:name' of what looks at the config of a training.
             Raises ValueError if it would learn something wrong.
@@ -61,7 +62,7 @@ class Host:
     score_thr: str | None = None
     tta_defaults: Callable[[dict], dict] = lambda dataset: {}
     set_up: str | None = None
-    check_dataset: str | None = None
+    check_datasets: str | None = None
     check_train: str | None = None
     check_test_cfg: str | None = None
 
@@ -215,7 +216,7 @@ HOSTS = {
         inferencer='mmseg.apis:MMSegInferencer',
         sample='mmseg.structures:SegDataSample',
         meta_keys=('ori_shape',),
-        check_dataset='polynl_mm.segmentation.labels:check_seg_data',
+        check_datasets='polynl_mm.segmentation.labels:check_seg_data',
         check_test_cfg='polynl_mm.segmentation.windows:check_test_cfg',
     ),
 }

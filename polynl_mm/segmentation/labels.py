@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 
 import mmcv
@@ -20,11 +21,12 @@ _ORIENTATION = 0x0112
 
 
 def check_seg_data(
-    dataset: dict,
+    datasets: Iterable[dict],
     say: Callable[[str], None],
     part: slice = slice(None),
+    training: bool = True,
 ) -> None:
-    """Check every image and label of a local data set of mmseg.
+    """Check every image and label of local data sets of mmseg.
 
     That they belong together is told by their names; sizes of images are read
     from their headers; labels are read as the pipeline's ``LoadAnnotations``
@@ -32,33 +34,91 @@ def check_seg_data(
     2048 x 1024, a minute for the 3,475 of Cityscapes, less by the number of
     cores.
 
-    A class that no label holds is told, as it may be meant. Labels that hold
-    one class alone teach nothing: a process whose part is like that reads on
-    before it says so.
+    A class that no label of a data set holds is told, as it may be meant.
+    Labels to train with that hold one class alone, in all of the data sets,
+    teach nothing: a process whose part is like that reads on before it says
+    so.
 
     Args:
-        dataset: Config of the data set. A type that is no ``BaseSegDataset``
-            is passed over, and so are labels which the pipeline does not load
-            by ``LoadAnnotations``.
+        datasets: Configs of the data sets of a loader. A type that is no
+            ``BaseSegDataset`` is passed over, and so are labels which the
+            pipeline does not load by ``LoadAnnotations``.
         say: Told in a line what takes long, and what may be wrong.
         part: Which of the labels to read, where several processes share the
             work; that names belong together is checked of all.
+        training: Whether these are all that a model is to learn from.
 
     Raises:
         ValueError: The image folder has no image with the suffix of the data
             set; an image is missing or has no label; a label has no image; a
             file can not be read; image and label differ in size; a label has
             an id that is neither one of the classes nor ``ignore_index``, or
-            one above 255, which mmseg takes modulo 256; no label holds more
-            than one class. The message names the first such file, and what
-            was expected.
+            one above 255, which mmseg takes modulo 256; no label to train
+            with holds more than one class. The message names the first such
+            file, and what was expected.
     """
+    found = [_find_labels(dataset, say) for dataset in datasets]
+    known = [labels for labels in found if labels is not None]
+    for labels in known:
+        labels.read(part)
+    if training and len(known) == len(found):
+        _check_held(known)
+    for labels in known:
+        lacking = labels.lacking(part)
+        if lacking:
+            say(f'warning: {lacking}')
+
+
+@dataclass
+class _Labels:
+    """Those of a data set: its images and their labels, the check of a pair.
+
+    held: The classes in those that were read.
+    """
+
+    data: BaseSegDataset
+    pairs: list[dict]
+    check: Callable[[dict], set[int]]
+    held: set[int] = field(default_factory=set)
+
+    @property
+    def folder(self) -> str:
+        return self.data.data_prefix['seg_map_path']
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.data.metainfo.get('classes') or ()
+
+    def read(self, part: slice) -> None:
+        with ThreadPoolExecutor() as pool:
+            # In order: the first file that is wrong is named, the rest not
+            # read.
+            self.held.update(*pool.map(self.check, self.pairs[part]))
+
+    def lacking(self, part: slice) -> str | None:
+        """Say which classes none of the labels read holds."""
+        # One class alone is no choice between classes.
+        names = [
+            f'{k} ({name})'
+            for k, name in enumerate(self.classes)
+            if k not in self.held and len(self.classes) > 1
+        ]
+        return names and (
+            f'none of the {len(self.pairs[part])} labels read of '
+            f'{len(self.pairs)} in {self.folder} holds class '
+            + ', '.join(names[:5])
+            + (f' and {len(names) - 5} more' if names[5:] else '')
+        )
+
+
+def _find_labels(dataset: dict, say: Callable[[str], None]) -> _Labels | None:
+    """Check the names, and give what there is to read."""
     with DATASETS.switch_scope_and_registry('mmseg') as registry:
         kind = dataset['type']
         kind = registry.get(kind) if isinstance(kind, str) else kind
         # A type that nobody knows is left for the runner to complain about.
         if kind is None or not issubclass(kind, BaseSegDataset):
-            return
+            return None
         data = registry.build(dict(dataset, pipeline=[], lazy_init=True))
     pairs = data.load_data_list()
     if not pairs:
@@ -75,50 +135,37 @@ def check_seg_data(
         if step['type'] in ('LoadAnnotations', 'mmseg.LoadAnnotations')
     ]
     if not loaders or 'seg_map_path' not in pairs[0]:
-        return
+        return None
     _check_names(data, pairs)
     if len(pairs) > 500:
         say(f'reading {len(pairs)} labels once, to check sizes and ids')
     with TRANSFORMS.switch_scope_and_registry('mmseg') as registry:
         check = partial(_check_pair, data, registry.build(loaders[0]))
-    with ThreadPoolExecutor() as pool:
-        # In order: the first file that is wrong is named, the rest not read.
-        held = set().union(*pool.map(check, pairs[part]))
-    classes = data.metainfo.get('classes')
-    if classes is not None and len(classes) > 1:
-        for pair in pairs:
+    return _Labels(data, pairs, check)
+
+
+def _check_held(found: list[_Labels]) -> None:
+    """Check that there is more than one class in all of them together."""
+    classes = min((labels.classes for labels in found), key=len, default=())
+    if len(classes) < 2:
+        return
+    for labels in found:
+        for pair in labels.pairs:
+            held = set().union(*(labels.held for labels in found))
             if len(held) > 1:
-                break
-            held |= check(pair)
-        _check_held(held, classes, data, len(pairs[part]), len(pairs), say)
-
-
-def _check_held(
-    held: set[int],
-    classes: tuple[str, ...],
-    data: BaseSegDataset,
-    read: int,
-    total: int,
-    say: Callable[[str], None],
-) -> None:
-    folder = data.data_prefix['seg_map_path']
-    if len(held) < 2:
-        alone = [f'{k} ({classes[k]})' for k in held] or ['none']
-        raise ValueError(
-            f'the {total} labels in {folder} hold, of {len(classes)} classes, '
-            f'{alone[0]} alone, beside the ignored {data.ignore_index}: '
-            'expected the ids of at least two, such as 0 and 1, where a mask '
-            'of two classes is often 0 and 255'
-        )
-    lacking = [
-        f'{k} ({name})' for k, name in enumerate(classes) if k not in held
-    ]
-    if lacking:
-        say(
-            f'warning: none of the {read} labels read of {total} in {folder} '
-            f'holds class {", ".join(lacking[:5])}'
-            + (f' and {len(lacking) - 5} more' if lacking[5:] else '')
-        )
+                return
+            labels.held |= labels.check(pair)
+    held = set().union(*(labels.held for labels in found))
+    if len(held) > 1:
+        return
+    alone = [f'{k} ({classes[k]})' for k in held] or ['none']
+    raise ValueError(
+        f'the {sum(len(labels.pairs) for labels in found)} labels in '
+        f'{", ".join(labels.folder for labels in found)} hold, of '
+        f'{len(classes)} classes, {alone[0]} alone, beside the ignored '
+        f'{found[0].data.ignore_index}: expected the ids of at least two, '
+        'such as 0 and 1, where a mask of two classes is often 0 and 255'
+    )
 
 
 def _check_names(data: BaseSegDataset, pairs: list[dict]) -> None:
@@ -173,6 +220,9 @@ def _check_pair(data: BaseSegDataset, load: Callable, pair: dict) -> set[int]:
             f'image {image} is {size[1]} x {size[0]}'
         )
     wide = _read(path, _wide_ids)
+    if data.ignore_index == 255:
+        # Such as 65535, which mmseg takes for 255.
+        wide = [each for each in wide if each % 256 != 255]
     if wide:
         raise _wrong_ids(path, wide, '0 to 255, as mmseg takes 256 for 0')
     classes = data.metainfo.get('classes')

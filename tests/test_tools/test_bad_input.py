@@ -414,6 +414,27 @@ def test_remote_labels_are_left_to_mmengine(here):
     checks.check_data(cfg, 'train')
 
 
+def test_labels_of_one_class_where_they_are_meant(here):
+    """Beside others, which may be remote, and to test with."""
+    shutil.copytree('data/seg', 'background')
+    for path in (here / 'background/ann').iterdir():
+        cv2.imwrite(str(path), cv2.imread(str(path), -1) * 0)
+    cfg = Config.fromfile('seg.py')
+    whole = cfg.train_dataloader.dataset
+    for phase in ('train', 'val', 'test'):
+        leaf = dict(whole, data_root='background')
+        cfg[f'{phase}_dataloader'].dataset = leaf
+    checks.check_data(cfg, 'val', 'test')
+    with pytest.raises(cli.StartError, match='background/ann hold, of 2'):
+        checks.check_data(cfg, 'train')
+    for root in ('data/seg', 's3://bucket/seg'):
+        both = [leaf, dict(whole, data_root=root)]
+        cfg.train_dataloader.dataset = dict(
+            type='ConcatDataset', datasets=both
+        )
+        checks.check_data(cfg, 'train')
+
+
 def spoil(here, what):
     """Break the fourth image or label of the segmentation data."""
     image, label = (here / f'data/seg/{part}/3.png' for part in ('img', 'ann'))
