@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import traceback
 from datetime import timedelta
 from importlib.util import find_spec
@@ -30,8 +31,9 @@ def read_config(path: str, options: dict | None = None) -> Config:
 
     Raises:
         StartError: The file or a base of it is missing or no Python, an
-            option names no place in it, its host is not installed, or what
-            we read of ``model.test_cfg`` is wrong.
+            option names no place in it, it has a transform that this
+            package had once, its host is not installed, or what we read of
+            ``model.test_cfg`` is wrong.
     """
     if not os.path.isfile(path):
         raise StartError(f'config {path} does not exist')
@@ -46,6 +48,13 @@ def read_config(path: str, options: dict | None = None) -> Config:
             f'--cfg-options {options} does not fit config {path}: {error}'
         ) from error
 
+    gone = re.search(r"'polynl_mm\.(RandomFlip|FilterAnnotations)'", str(cfg))
+    if gone:
+        # mmengine would look for the name among those of mmcv.
+        raise StartError(
+            f'config {path}: there is no {gone[0]} any more, as the '
+            f"host's own moves landmarks, too: write type='{gone[1]}'"
+        )
     host = cfg.get('default_scope')
     if host is not None and find_spec(host) is None:
         raise StartError(

@@ -529,6 +529,21 @@ def test_labels_as_the_host_reads_them(here):
         checks.check_data(cfg, 'train')
 
 
+@pytest.mark.parametrize('name', ['RandomFlip', 'FilterAnnotations'])
+@pytest.mark.parametrize(
+    'key', ['train_dataloader.dataset.pipeline.1.type', 'tta_pipeline']
+)
+def test_transforms_that_the_host_has_now(refuse, name, key):
+    value = f'polynl_mm.{name}'
+    if key == 'tta_pipeline':
+        value = f'[dict(transforms=[[dict(type={value!r})]])]'
+    line = refuse('train', 'det.py', '--cfg-options', f'{key}={value}')
+    assert line == (
+        f"config det.py: there is no 'polynl_mm.{name}' any more, as the "
+        f"host's own moves landmarks, too: write type='{name}'"
+    )
+
+
 def test_part_of_the_images(here, refuse):
     write(here, 'data/seg/some.txt', '0\n1\n')
     option = 'train_dataloader.dataset.ann_file=some.txt'
