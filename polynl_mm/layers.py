@@ -6,8 +6,10 @@ asks for one. :mod:`polynl_mm.registry` makes them known to configs.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Protocol
 
 import torch
@@ -162,6 +164,9 @@ class PolyNL(InContext, nn.Module):
     ) -> None:
         """Check the arguments, make the parameters; see the class."""
         super().__init__()
+        if 'mmengine.model' in sys.modules:
+            # Has its models tell layers the sizes of pictures.
+            import_module('polynl_mm.samples')
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(
                 f'in_channels must be a positive int, got {in_channels!r}'

@@ -15,10 +15,14 @@ Only torch is needed.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
+from threading import get_ident
+from types import FrameType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,16 +33,15 @@ from .ops.precision import is_recorded
 __all__ = [
     'Pictures',
     'begin_call',
+    'calls_in_progress',
     'end_call',
     'pictures_in',
     'pictures_of',
     'warn_of_padding',
 ]
 
-# Of calls in progress in this thread, the innermost last: whose, and for what.
-_calls: ContextVar[tuple[tuple[object, Pictures | None], ...]] = ContextVar(
-    'calls', default=()
-)
+# Of calls in progress, the innermost last.
+_calls: ContextVar[tuple[Call, ...]] = ContextVar('calls', default=())
 # What each layer was last called for: checkpointed activations are computed
 # again in backward, when the call is over.
 _last: WeakKeyDictionary[nn.Module, Pictures | None] = WeakKeyDictionary()
@@ -50,9 +53,6 @@ class Pictures:
     Args:
         shape: Height and width of what the model is given.
         sizes: Those of each picture in it, at its top left.
-
-    Attributes:
-        were_seen: Whether a layer has asked for its weights.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class Pictures:
     ) -> None:
         """Take the arguments; see the class."""
         self.shape, self.sizes = tuple(shape), tuple(map(tuple, sizes))
-        self.were_seen = False
         self._weights = {}
 
     def within(self, box: tuple[int, int, int, int]) -> Pictures:
@@ -90,7 +89,6 @@ class Pictures:
             With a warning for other maps whose positions can not be told:
             of one axis, or of another shape than the pictures'.
         """
-        self.were_seen = True
         if len(x) != len(self.sizes):
             return None
         key = x.shape[2:], x.device
@@ -126,34 +124,87 @@ def _stride(shape, axes) -> int | None:
     # another size, which pictures are padded to.
     least = max(-(-n // cells) for n, cells in zip(shape, axes))
     stride = 1 << (least - 1).bit_length()
-    if all(-(-n // stride) == cells for n, cells in zip(shape, axes)):
+    if stride <= 128 and all(
+        -(-n // stride) == cells for n, cells in zip(shape, axes)
+    ):
         return stride
     return least if tuple(shape) == tuple(least * n for n in axes) else None
 
 
-def begin_call(owner: object, pictures: Pictures | None) -> None:
+class Call:
+    """One in progress; the arguments are those of :func:`begin_call`.
+
+    Attributes:
+        was_asked: Whether a layer has asked for the pictures.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        find: Callable[[], Pictures | None],
+        frame: FrameType | None,
+    ) -> None:
+        """Take the arguments; see the class."""
+        self.owner, self._find = owner, find
+        self._frame, self._thread = frame, get_ident()
+        self.was_asked = False
+
+    @cached_property
+    def pictures(self) -> Pictures | None:
+        """None where there is no padding."""
+        return self._find()
+
+    def is_over(self) -> bool:
+        """Whether it is, and has not been ended."""
+        if self._frame is None or self._thread != get_ident():
+            return False
+        frame = sys._getframe()
+        while frame not in (None, self._frame):
+            frame = frame.f_back
+        return frame is None
+
+
+def calls_in_progress() -> tuple[Call, ...]:
+    """The innermost last."""
+    calls = _calls.get()
+    while calls and calls[-1].is_over():
+        calls = calls[:-1]
+        _calls.set(calls)
+    return calls
+
+
+def begin_call(
+    owner: object,
+    find: Callable[[], Pictures | None],
+    frame: FrameType | None = None,
+) -> None:
     """Let the layers that are called from now on know of the pictures.
 
     Args:
         owner: Whose call it is.
-        pictures: None where there is no padding.
+        find: Gives them, None where there is no padding; called if a layer
+            asks.
+        frame: Of the call, which is over when that is, also if nothing says
+            so (of a KeyboardInterrupt torch tells no hook).
     """
-    _calls.set((*_calls.get(), (owner, pictures)))
+    _calls.set((*calls_in_progress(), Call(owner, find, frame)))
 
 
-def end_call(owner: object) -> None:
+def end_call(owner: object) -> Call | None:
     """Undo it, and whatever was begun since and never ended."""
     calls = _calls.get()
-    owners = [each for each, _ in calls]
-    if owner in owners:
-        _calls.set(calls[: owners.index(owner)])
+    for k in reversed(range(len(calls))):
+        if calls[k].owner is owner:
+            _calls.set(calls[:k])
+            return calls[k]
+    return None
 
 
 @contextmanager
 def pictures_in(pictures: Pictures | None) -> Iterator[None]:
     """Both, around what runs within."""
     owner = object()
-    begin_call(owner, pictures)
+    begin_call(owner, lambda: pictures)
     try:
         yield
     finally:
@@ -172,8 +223,11 @@ def pictures_of(layer: nn.Module | None = None) -> Pictures | None:
         return None
     if torch._C._current_graph_task_id() != -1:
         return _last.get(layer)
-    _, pictures = _calls.get()[-1] if _calls.get() else (None, None)
+    calls = calls_in_progress()
+    pictures = calls[-1].pictures if calls else None
     if layer is not None:
+        if calls:
+            calls[-1].was_asked = True
         _last[layer] = pictures
     return pictures
 

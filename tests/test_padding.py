@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_near
@@ -70,7 +71,10 @@ def batch(sizes=SIZES, shape=None):
     generator = torch.Generator().manual_seed(1)
     shape = shape or [max(each) for each in zip(*sizes)]
     x = torch.randn(len(sizes), 3, *shape, generator=generator)
-    samples = [BaseDataElement(metainfo=dict(img_shape=s)) for s in sizes]
+    record = dict(batch_input_shape=tuple(shape))
+    samples = [
+        BaseDataElement(metainfo=dict(img_shape=s, **record)) for s in sizes
+    ]
     return x.double(), samples
 
 
@@ -137,24 +141,71 @@ def test_whatever_calls_the_model():
 
 
 def test_models_are_told_wherever_layers_come_from():
-    """With a part, late, or by an insertion, deep or into the part."""
-
-    def bare():
-        model = Model(layer=lambda *args, **kwargs: nn.Identity())
-        assert not model._forward_pre_hooks
-        return model
-
-    part = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.ReLU())
-    block = dict(type='polynl_mm.PolyNL2d', in_channels=6)
-    insert_blocks(part, [dict(after='0', cfg=block)])
-    late, deep = bare(), bare()
-    late.backbone = part
-    insert_blocks(deep, [dict(after='backbone.1', cfg=block)])
-    for model in (late, deep, Model()):
-        assert len(model._forward_pre_hooks) == 1
-        model.neck = PolyNL2d(6)
+    """With a part, deep below, or by an insertion, all into a model."""
+    x, samples = batch()
+    whole = Model()
+    want = whole(x, samples)
+    part, deep, inserted = (
+        Model(layer=lambda *args, **kwargs: nn.Identity()) for _ in range(3)
+    )
+    part.backbone = whole.backbone
+    deep.backbone[1] = nn.Sequential(*whole.backbone[1:3])
+    deep.backbone[0], deep.backbone[4] = whole.backbone[0], whole.backbone[4]
+    cfg = dict(type='polynl_mm.PolyNL2d', in_channels=6)
+    insert_blocks(inserted, [dict(after='backbone.1', cfg=cfg)])
+    for model in (part, deep):
+        assert torch.equal(model(x, samples), want)
+    for model in (whole, part, deep, inserted):
         assert len(model._forward_pre_hooks) == 1
         assert len(model._forward_hooks) == 1
+
+
+@pytest.mark.parametrize('is_built_before', [True, False])
+def test_models_are_told_by_a_layer_made_in_python(is_built_before):
+    """In a process with nothing else of the package, before or after."""
+    code = f"""
+import torch
+from mmengine.model import BaseModel
+from torch import nn
+
+class Model(BaseModel):
+    forward = None
+
+model = Model() if {is_built_before} else None
+from polynl_mm import PolyNL2d
+part = nn.Sequential(PolyNL2d(3))
+model = model or Model()
+model.part = part
+print([f.__name__ for f in model._forward_pre_hooks.values()])
+"""
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "['_begin']\n", done.stderr[-2000:]
+
+
+def test_models_in_models():
+    """One that calls itself, and one that is called without samples."""
+
+    class Outer(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.inner = Model()
+
+        def forward(self, inputs, data_samples=None, depth=1):
+            if depth:
+                self(inputs[:1], data_samples[:1], depth - 1)
+            whole = self.inner(inputs)
+            # Of another size: not what the samples are of.
+            half = self.inner(inputs[..., :12, :12])
+            return whole, half
+
+    model, (x, samples) = Outer(), batch()
+    whole, half = model(x, samples)
+    assert torch.equal(whole, model.inner(x, samples))
+    assert torch.equal(half, model.inner(x[..., :12, :12]))
 
 
 def test_pictures_of_one_size_cost_nothing(monkeypatch):
@@ -182,17 +233,15 @@ def test_nothing_is_left_of_a_call():
     with pytest.raises(ValueError):
         model(x, samples, 'fail')
     assert pictures_of() is None
-    # Of this no hook is told, but at the end of the next call.
+    # Of this no hook is told.
     x.error = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         model(x, samples, 'fail')
-    model(x, samples)
-    assert pictures_of() is None
+    assert pictures_of() is None and not padding._calls.get()
     with pictures_in(Pictures((24, 28), SIZES)):
-        # One without samples is of pictures without padding.
         y = model(x)
         assert pictures_of() is not None
-    assert torch.equal(y, model(x))
+    assert torch.equal(y, model(x, samples))
 
 
 def test_what_can_not_be_told_is_said(monkeypatch):
@@ -254,7 +303,7 @@ def test_maps_of_something_else(recwarn):
         PolyNL1d(3)(torch.randn(2, 3, 64))
 
 
-def test_sizes_of_samples():
+def test_sizes_of_samples(recwarn):
     x, samples = batch([(24, 28, 3), (99, 8)], (24, 28))
     pictures = pictures_of_samples(x, samples)
     assert pictures.sizes == ((24, 28), (24, 8))
@@ -262,6 +311,63 @@ def test_sizes_of_samples():
     assert pictures_of_samples(x, [BaseDataElement()] * 2) is None
     part = pictures.within((4, 8, 16, 32))
     assert part.shape == (24, 12) and part.sizes == ((16, 12), (16, 4))
+
+
+SHAPE, SMALL = (24, 28), (20, 8)
+
+
+@pytest.mark.parametrize(
+    'meta, size',
+    [
+        (dict(batch_input_shape=SHAPE), SMALL),
+        (dict(batch_input_shape=SHAPE, pad_shape=(24, 7)), (20, 7)),
+        # As mmseg tests and trains; of a test only the padding is known.
+        (dict(img_padding_size=(0, 4, 0, 3), pad_shape=SHAPE), (21, 24)),
+        (dict(padding_size=[0, 20, 0, 4], pad_shape=None), SMALL),
+        # Of another tensor, or at the left.
+        ({}, None),
+        (dict(batch_input_shape=(48, 28)), None),
+        (dict(padding_size=(0, 4, 0, 3), pad_shape=(48, 28)), None),
+        (dict(padding_size=(9, 11, 0, 4)), None),
+    ],
+)
+def test_padding_is_what_is_recorded(recwarn, meta, size):
+    meta = dict(img_shape=SMALL, **meta)
+    samples = [BaseDataElement(metainfo=meta)] * 2
+    pictures = pictures_of_samples(torch.zeros(2, 3, *SHAPE), samples)
+    assert (pictures and pictures.sizes) == (size and (size, size))
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    'img_shape, is_one',
+    [
+        (np.array(SMALL), True),
+        (torch.tensor(SMALL), True),
+        (torch.Size(SMALL), True),
+        (8, False),
+        ('20x8', False),
+        ([[20, 8], [20, 8]], False),
+        ([[20], [20, 8]], False),
+        ((20,), False),
+    ],
+)
+def test_shapes_of_other_kinds(img_shape, is_one):
+    meta = dict(img_shape=img_shape, batch_input_shape=SHAPE)
+    samples = [BaseDataElement(metainfo=meta)]
+    pictures = pictures_of_samples(torch.zeros(1, 3, *SHAPE), samples)
+    assert (pictures is not None) == is_one
+    for inputs in (torch.tensor(1.0), torch.zeros(1), torch.zeros(1, *SHAPE)):
+        assert pictures_of_samples(inputs, samples) is None
+
+
+def test_sizes_that_nothing_has_recorded_are_said():
+    model, (x, samples) = Model(), batch()
+    for sample in samples:
+        sample.set_metainfo(dict(batch_input_shape=(48, 28)))
+    with pytest.warns(UserWarning, match=f'no preprocessor.*{WARNING}'):
+        y = model(x, samples)
+    assert torch.equal(y, model(x))
 
 
 # ------------------------------------------------------------------- contexts
@@ -296,7 +402,7 @@ def test_windows_that_are_padded_each(budget):
         x1, y1, x2, y2 = window.box
         inputs = noise.clone()
         inputs[..., : y2 - y1, : x2 - x1] = x[..., y1:y2, x1:x2]
-        part = model(inputs, batch([(y2 - y1, x2 - x1)])[1])
+        part = model(inputs, batch([(y2 - y1, x2 - x1)], (16, 16))[1])
         part = part[..., : (y2 - y1) // 4, : (x2 - x1) // 4]
         y[..., y1 // 4 : y2 // 4, x1 // 4 : x2 // 4] = part
 

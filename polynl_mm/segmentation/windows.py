@@ -27,9 +27,11 @@ classes, where one key should do. Replaced are
 
 - ``slide_inference`` of ``EncoderDecoder``, which nearly all segmentors
   inherit, and of ``MultimodalEncoderDecoder``;
+- ``slide_flip_inference`` of ``DepthEstimator``, where padding is not told;
 - ``forward`` of ``BaseSegmentor``, which sees that the key is heeded.
 
-Without the key they do no more than to call mmseg's own. A config that
+Without the key they do what mmseg's own do, but that layers are told what of
+a padded picture is in a window. A config that
 names any ``polynl_mm`` type has this module imported; one that does not, such
 as a ``GCHead``'s, needs ``custom_imports=dict(imports=[
 'polynl_mm.segmentation.windows'])``.
@@ -52,6 +54,7 @@ from mmseg.models.segmentors import (
 from torch import Tensor
 
 from polynl_mm.context import Window, Windows, grid, shared_context
+from polynl_mm.padding import pictures_in, pictures_of, warn_of_padding
 
 # What tests do not call, or what does not look at the image.
 _EXCLUDED = ('auxiliary_head.*', 'text_encoder.*')
@@ -102,9 +105,12 @@ def _slide_inference(
         WindowError: The model failed in a window, which is named.
     """
     cfg = self.test_cfg
-    if cfg.get('context') is None:
+    context, pictures = cfg.get('context'), pictures_of()
+    if context is None and pictures is None:
         return host(self, inputs, batch_img_metas)
-    windows = _windows(cfg.context, len(inputs))
+    windows = None
+    if context is not None:
+        windows = _windows(context, len(inputs))
     size = inputs.shape[2:]
     logits = inputs.new_zeros((len(inputs), self.out_channels, *size))
     count = inputs.new_zeros((len(inputs), 1, *size))
@@ -126,11 +132,28 @@ def _slide_inference(
             f'model.test_cfg.crop_size={tuple(cfg.crop_size)}, stride='
             f'{tuple(cfg.stride)}: {error}'
         ) from error
+    if windows is None:
+        # mmseg's own, but that layers are told what of pictures is in each.
+        for window in parts:
+            with pictures_in(pictures.within(window.box)):
+                step(window)
+        return logits / count
     with shared_context(self, windows, exclude=_EXCLUDED):
         windows(step, parts)
     if _heeded.get() is not None:
         _heeded.get().append(self)
     return logits / count
+
+
+@_in_place_of(DepthEstimator, 'slide_flip_inference')
+def _slide_flip_inference(
+    host: Callable, self: DepthEstimator, inputs: Tensor, metas: list[dict]
+) -> Tensor:
+    """Do what mmseg's does; its windows are flipped, padding counts there."""
+    if pictures_of() is not None:
+        warn_of_padding('windows of slide_flip are of unknown places')
+    with pictures_in(None):
+        return host(self, inputs, metas)
 
 
 def _windows(context: str | dict, images: int) -> Windows:

@@ -22,6 +22,7 @@ from mmengine.registry import DefaultScope
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 from mmseg.models.segmentors import (
     BaseSegmentor,
+    DepthEstimator,
     EncoderDecoder,
     MultimodalEncoderDecoder,
 )
@@ -33,6 +34,7 @@ from polynl_mm import fuse_poly_nl
 from polynl_mm.context import WindowError, grid
 from polynl_mm.engine.cli import StartError
 from polynl_mm.engine.start import read_config
+from polynl_mm.padding import Pictures, pictures_in
 from polynl_mm.segmentation import windows as module
 
 pytestmark = pytest.mark.usefixtures('quiet_and_quick')
@@ -278,6 +280,17 @@ def test_windows_are_those_of_the_host(shape, size, stride):
     assert boxes == [window.box for window in grid(shape, size, stride)]
 
 
+def test_a_window_of_a_padded_image_is_what_it_is_alone():
+    """Of the second only the left half is the image's."""
+    model, inputs = build(), images(1, (16, 40))
+    with pictures_in(Pictures((16, 40), [(16, 30)])):
+        slide = dict(mode='slide', crop_size=(16, 20), stride=(16, 20))
+        got = infer(model, inputs, **slide)
+    for part in (slice(0, 20), slice(20, 30)):
+        alone = infer(model, inputs[..., part], mode='whole')
+        assert_close(got[..., part], alone)
+
+
 def test_each_window_has_metas_of_its_own():
     model, inputs, given = build(), images(2).double(), metas(2)
     model.test_cfg = ConfigDict(WINDOWS, crop_size=(16, 64), context='image')
@@ -312,6 +325,7 @@ def test_importing_again_replaces_nothing_twice():
     for kind, name in (
         (EncoderDecoder, 'slide_inference'),
         (MultimodalEncoderDecoder, 'slide_inference'),
+        (DepthEstimator, 'slide_flip_inference'),
         (BaseSegmentor, 'forward'),
     ):
         function = getattr(kind, name)
