@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from functools import cached_property
 from threading import get_ident
 from types import FrameType
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,13 @@ __all__ = [
 
 # Of calls in progress, the innermost last.
 _calls: ContextVar[tuple[Call, ...]] = ContextVar('calls', default=())
-# What each layer was last called for: checkpointed activations are computed
-# again in backward, when the call is over.
-_last: WeakKeyDictionary[nn.Module, Pictures | None] = WeakKeyDictionary()
+# What each layer was called for since it was last asked in backward, where
+# checkpointed activations are computed again when the call is over; two that
+# differ are kept.
+_past: WeakKeyDictionary[nn.Module, dict[object, Pictures | None]] = (
+    WeakKeyDictionary()
+)
+_was_asked: WeakSet[nn.Module] = WeakSet()
 
 
 class Pictures:
@@ -85,11 +89,12 @@ class Pictures:
 
         Returns:
             Tensor: (B, ..., h, w) of bool; None where all count, and for
-            regions (RoIs), which are not as many as there are pictures.
+            regions (RoIs), which are not as many as there are pictures, and
+            what is pooled to one position.
             With a warning for other maps whose positions can not be told:
             of one axis, or of another shape than the pictures'.
         """
-        if len(x) != len(self.sizes):
+        if len(x) != len(self.sizes) or x.shape[2:].numel() == 1:
             return None
         key = x.shape[2:], x.device
         if key not in self._weights:
@@ -123,10 +128,10 @@ def _stride(shape, axes) -> int | None:
     # The least that it can be. Strides are powers of two, but for patches of
     # another size, which pictures are padded to.
     least = max(-(-n // cells) for n, cells in zip(shape, axes))
+    if least > 128:
+        return None
     stride = 1 << (least - 1).bit_length()
-    if stride <= 128 and all(
-        -(-n // stride) == cells for n, cells in zip(shape, axes)
-    ):
+    if all(-(-n // stride) == cells for n, cells in zip(shape, axes)):
         return stride
     return least if tuple(shape) == tuple(least * n for n in axes) else None
 
@@ -136,6 +141,8 @@ class Call:
 
     Attributes:
         was_asked: Whether a layer has asked for the pictures.
+        has_backward: Whether a backward may follow. Not read when a layer
+            asks: some checkpoints call it without gradients.
     """
 
     def __init__(
@@ -148,6 +155,9 @@ class Call:
         self.owner, self._find = owner, find
         self._frame, self._thread = frame, get_ident()
         self.was_asked = False
+        self.has_backward = torch.is_grad_enabled() or any(
+            call.has_backward for call in calls_in_progress()[-1:]
+        )
 
     @cached_property
     def pictures(self) -> Pictures | None:
@@ -217,19 +227,46 @@ def pictures_of(layer: nn.Module | None = None) -> Pictures | None:
     In a program (traced, exported, compiled) there are none.
 
     Args:
-        layer: Who asks; in backward it is given what it was called for last.
+        layer: Who asks; in backward it is given what it was called for.
+
+    Raises:
+        RuntimeError: In backward, when it was called for several.
     """
     if is_recorded():
         return None
     if torch._C._current_graph_task_id() != -1:
-        return _last.get(layer)
+        return _again(layer)
     calls = calls_in_progress()
     pictures = calls[-1].pictures if calls else None
     if layer is not None:
         if calls:
             calls[-1].was_asked = True
-        _last[layer] = pictures
+        if calls[-1].has_backward if calls else torch.is_grad_enabled():
+            _remember(layer, pictures)
     return pictures
+
+
+def _remember(layer, pictures):
+    if layer in _was_asked or layer not in _past:
+        _was_asked.discard(layer)
+        _past[layer] = {}
+    if len(_past[layer]) < 2:
+        key = pictures and (pictures.shape, pictures.sizes)
+        _past[layer].setdefault(key, pictures)
+
+
+def _again(layer):
+    past = _past.get(layer, {})
+    _was_asked.add(layer)
+    if len(past) > 1:
+        _past.clear()  # whoever goes on starts anew
+        raise RuntimeError(
+            'Poly-NL: a checkpointed layer is computed again in backward, '
+            'after calls for pictures of different sizes: which of them it is '
+            'can not be told. Have backward follow each call, or make those '
+            'that have none under torch.no_grad()'
+        )
+    return next(iter(past.values()), None)
 
 
 def warn_of_padding(why: str) -> None:

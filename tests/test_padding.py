@@ -125,6 +125,27 @@ def test_gradients(with_cp):
         assert_near(a, b, 1e-11)
 
 
+@pytest.mark.parametrize('with_cp', [True, False])
+def test_calls_between_a_call_and_its_backward(with_cp):
+    """One without gradients is none; of others it can not be told."""
+    model, (x, samples) = Model(with_cp), batch()
+    others = batch([(24, 28), (12, 12), (4, 28)])[1]
+    x.requires_grad_()
+    model(x, samples).sum().backward()
+    want = x.grad.clone()
+    for _ in range(2):
+        x.grad = None
+        y = model(x, samples)
+        with torch.no_grad():
+            model(x, others)
+        y.sum().backward()
+        assert torch.equal(x.grad, want)
+        y = model(x, samples)
+        model(x, others)
+        with pytest.raises(RuntimeError, match='which of them'):
+            y.sum().backward()
+
+
 def test_whatever_calls_the_model():
     x, samples = batch()
     model = Model()
@@ -299,6 +320,11 @@ def test_maps_of_something_else(recwarn):
     for axes in ((7, 7), (100,), (8, 4)):
         with pytest.warns(UserWarning, match=f'no map of whole.*{WARNING}'):
             assert pictures.weights(torch.empty(2, 3, *axes)) is None
+    # Of no stride that features have.
+    large = Pictures((512, 512), [(256, 512), (512, 512)])
+    with pytest.warns(UserWarning, match=WARNING):
+        assert large.weights(torch.empty(2, 3, 2, 2)) is None
+    assert large.weights(torch.empty(2, 3, 1, 1)) is None
     with pictures_in(pictures), pytest.warns(UserWarning, match=WARNING):
         PolyNL1d(3)(torch.randn(2, 3, 64))
 
