@@ -190,13 +190,17 @@ from mmengine.model import BaseModel
 from torch import nn
 
 class Model(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.ReLU())
+
     forward = None
 
 model = Model() if {is_built_before} else None
 from polynl_mm import PolyNL2d
-part = nn.Sequential(PolyNL2d(3))
+layer = PolyNL2d(3)
 model = model or Model()
-model.part = part
+model.part[0] = layer
 print([f.__name__ for f in model._forward_pre_hooks.values()])
 """
     done = subprocess.run(
