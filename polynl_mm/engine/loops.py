@@ -161,11 +161,13 @@ class _PartsLoop(BaseLoop):
             sample.gt_sem_seg = PixelData(data=each)
             rows, width = each.shape[-2:]
             # What of the picture is in the band; below it there is padding.
-            own = min(max(sample.img_shape[0] - top, 0), rows)
+            height, own_width = sample.img_shape
+            own = min(max(height - top, 0), rows)
             sample.set_metainfo(
                 dict(
-                    img_shape=(own, sample.img_shape[1]),
+                    img_shape=(own, own_width),
                     pad_shape=(rows, width),
+                    padding_size=(0, width - own_width, 0, rows - own),
                 )
             )
 
