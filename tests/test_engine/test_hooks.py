@@ -327,9 +327,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     runner, told = run(tmp_path, 1.0)
     assert told is None
     # Every model of mmengine has those of polynl_mm.samples.
-    for hooks in (
-        runner.model._forward_hooks,
-        runner.model._forward_pre_hooks,
-    ):
-        modules = {hook.__module__ for hook in hooks.values()}
+    model = runner.model
+    for left in (model._forward_hooks, model._forward_pre_hooks):
+        modules = {hook.__module__ for hook in left.values()}
         assert modules == {'polynl_mm.samples'}
