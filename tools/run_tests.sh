@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Set up and run the whole suite; arguments go to pytest. The kernels for a GPU
-# come last, on the CPU by Triton's interpreter, in an environment that is the
-# same but for Triton and the numpy that this interpreter knows; not where the
-# first argument names tests.
+# Set up and run the whole suite in two processes; arguments go to pytest, which
+# takes the last of a kind: -n 0 for one process, -n 8 for eight. The kernels for
+# a GPU come last, on the CPU by Triton's interpreter, in an environment that is
+# the same but for Triton and the numpy that this interpreter knows; not where
+# the first argument names tests.
 set -euo pipefail
 # shellcheck source=tools/setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" \
-    mmdet mmseg -- skimage sklearn scipy cityscapesscripts pytest hypothesis ruff \
-    onnx onnxruntime onnxscript
+    mmdet mmseg -- skimage sklearn scipy cityscapesscripts pytest xdist hypothesis \
+    ruff onnx onnxruntime onnxscript
 cd "$ROOT"
 python -m ruff check .
 python -m ruff format --check .
-python -m pytest "$@"
+# A process has a core; tests of a file share what is costly to make.
+export OMP_NUM_THREADS=1
+python -m pytest -n 2 --dist loadfile "$@"
 if [[ $(uname -s) != Linux || ${1:--} != -* ]]; then
     exit
 fi
@@ -26,5 +29,5 @@ if ! "$KERNELS/bin/python" -c 'import triton' 2> /dev/null; then
 fi
 # All that is not found there is that of the environment of the suite.
 site python > "$(site "$KERNELS/bin/python")/suite.pth"
-TRITON_INTERPRET=1 exec "$KERNELS/bin/python" -m pytest \
+TRITON_INTERPRET=1 exec "$KERNELS/bin/python" -m pytest -n 2 \
     tests/test_ops/test_kernels.py

@@ -46,7 +46,9 @@ missing_light() {
     python - "$@" << 'PY'
 import sys
 from importlib.util import find_spec
-package = dict(skimage='scikit-image', sklearn='scikit-learn')
+package = dict(
+    skimage='scikit-image', sklearn='scikit-learn', xdist='pytest-xdist'
+)
 print(*(package.get(m, m) for m in sys.argv[1:] if find_spec(m) is None))
 PY
 }
