@@ -16,7 +16,7 @@ from helpers import assert_near
 from mmcv.cnn import ContextBlock
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torch.utils.checkpoint import checkpoint
 
 from polynl_mm import fuse_poly_nl, shared_context
@@ -32,6 +32,7 @@ from polynl_mm.context import (
     grid,
 )
 from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
+from polynl_mm.padding import Pictures, pictures_in
 
 SIZE = (23, 31)
 BUDGETS = {'all held': None, 'some held': 0.02, 'none held': 0}
@@ -85,9 +86,23 @@ def in_windows(model, x, windows, budget=None, over=None):
     return stitch(model(x).detach(), windows, parts)
 
 
+# Of pytest, of a progress bar.
+OTHERS = set()
+
+
+@pytest.fixture(autouse=True)
+def know_other_threads():
+    OTHERS.clear()
+    OTHERS.update(threading.enumerate())
+
+
+def own_threads():
+    return set(threading.enumerate()) - OTHERS
+
+
 def is_clean(model):
-    threads = [t for t in threading.enumerate() if not t.daemon]
-    return threads == [threading.main_thread()] and not any(
+    lasting = [thread for thread in own_threads() if not thread.daemon]
+    return not lasting and not any(
         {'around', 'spatial_pool'} & vars(module).keys()
         for module in model.modules()
     )
@@ -129,6 +144,23 @@ def test_windows_equal_the_whole_image(stride, budget):
     # What each window knows without the others is something else.
     alone = stitch(want, windows, [model(cut(x, w)) for w in windows])
     assert (alone - want).abs().max() > 0.1 * want.abs().max()
+
+
+@torch.no_grad()
+def test_windows_that_the_model_pads():
+    """Overlapping ones, to a multiple of 12, as a preprocessor does."""
+    model, x = host(), image()
+    windows = grid(SIZE, (9, 10), (5, 7))
+
+    def step(window):
+        with pictures_in(Pictures((12, 12), [(9, 10)] * 2)):
+            y = model(pad(cut(x, window), (0, 2, 0, 3), value=7.0))
+        return y[..., :9, :10]
+
+    want = model(x)
+    with shared_context(model, Windows(images=2)) as over:
+        got = stitch(want, windows, over(step, windows))
+    assert_near(got, want, 1e-13)
 
 
 @pytest.mark.parametrize('size', [SIZE, (40, 99)], ids=['whole', 'larger'])
@@ -323,7 +355,7 @@ def test_a_failing_window_is_named(budget, after):
         with pytest.raises(WindowError, match=message) as caught:
             over(step, windows)
         assert isinstance(caught.value.__cause__, KeyError)
-        assert threading.active_count() == 1
+        assert not own_threads()
         # The next image is none the worse.
         over(lambda window: model(cut(x, window)), windows)
     assert is_clean(model)
@@ -344,7 +376,7 @@ def test_ctrl_c_leaves_no_thread(budget, place):
     with pytest.raises(KeyboardInterrupt):
         with shared_context(model, Windows(budget, images=2)) as over:
             over(step, windows)
-    assert threading.active_count() == 1 and is_clean(model)
+    assert not own_threads() and is_clean(model)
 
 
 @pytest.mark.parametrize('last', [1, 3, 4])
@@ -364,7 +396,7 @@ def test_windows_that_go_different_ways(last):
     with torch.no_grad(), shared_context(model, Windows(images=2)) as over:
         with pytest.raises(RuntimeError, match=message):
             over(step, windows)
-    assert threading.active_count() == 1 and is_clean(model)
+    assert not own_threads() and is_clean(model)
 
 
 @each_budget
@@ -430,7 +462,7 @@ def test_a_second_ctrl_c_leaves_no_thread(monkeypatch):
     join, threads = threading.Thread.join, []
 
     def interrupted(thread):
-        threads.extend(threading.enumerate()[1:])
+        threads.extend(own_threads())
         monkeypatch.setattr(threading.Thread, 'join', join)
         raise KeyboardInterrupt
 

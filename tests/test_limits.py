@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zlib
 
@@ -60,6 +62,33 @@ def test_a_crash_is_told(how, capfd):
     assert failure(end, how) == f'reading it ends in {how.name}'
     assert failure(os._exit, 3) == 'reading it ends in code 3'
     assert capfd.readouterr() == ('', '')
+
+
+# Python is told to say where it crashed, in a file.
+SPEAKING = """
+import faulthandler, os, signal, sys
+from polynl_mm.limits import MB, call_in_child
+
+def speak_and_end():
+    os.write(2, b'of the child')
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+faulthandler.enable(open(sys.argv[1], 'w'))
+try:
+    call_in_child(speak_and_end, memory=256 * MB, seconds=60)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_crash_says_nothing_itself(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, '-c', SPEAKING, str(tmp_path / 'where')],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout == 'reading it ends in SIGSEGV\n'
+    assert ran.stderr == '' == (tmp_path / 'where').read_text()
 
 
 def test_a_daemon_reads_in_a_child(capfd):

@@ -75,6 +75,16 @@ def names(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
+def test_a_file_is_replaced_and_not_written_over(tmp_path):
+    """Whoever has the old one open, reads the old one to its end."""
+    WholeFiles().put(b'old', str(tmp_path / 'file'))
+    with open(tmp_path / 'file', 'rb') as old:
+        WholeFiles().put(b'newer', str(tmp_path / 'file'))
+        assert old.read() == b'old'
+    assert (tmp_path / 'file').read_bytes() == b'newer'
+    assert names(tmp_path) == ['file']
+
+
 @pytest.fixture
 def kill_at(monkeypatch):
     """Give a function that has the n-th act on the disk be the last."""
