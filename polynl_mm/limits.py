@@ -109,8 +109,11 @@ def _call(pipe, read: Callable, args: tuple, memory: int) -> None:
         result = True, read(*args)
     except Exception as error:
         result = False, str(error)
-        # The latter is said by torch's allocator.
-        if isinstance(error, MemoryError) or "can't allocate" in str(error):
+        # SystemError where an extension loses the MemoryError; the last is
+        # said by torch's allocator.
+        if isinstance(error, (MemoryError, SystemError)) or (
+            "can't allocate" in str(error)
+        ):
             result = False, f'reading it takes more than {memory // MB} MB'
     pipe.send(result)
 
