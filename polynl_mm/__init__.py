@@ -1,9 +1,10 @@
-"""Poly-NL, a non-local layer of linear complexity, for OpenMMLab models.
+"""Poly-NL and Poly-SA, layers of linear complexity, for OpenMMLab models.
 
 The package itself imports nothing until one of its names is asked for.
-:mod:`polynl_mm.ops` and :mod:`polynl_mm.layers` need only torch,
-:mod:`polynl_mm.insertion` and :mod:`polynl_mm.fusion` mmengine, and what is
-bound to mmdet or mmseg is imported only where that host is installed.
+:mod:`polynl_mm.ops`, :mod:`polynl_mm.layers` and :mod:`polynl_mm.attention`
+need only torch, :mod:`polynl_mm.insertion` and :mod:`polynl_mm.fusion`
+mmengine, and what is bound to mmdet or mmseg is imported only where that host
+is installed.
 """
 
 from importlib import import_module
@@ -15,9 +16,12 @@ _HOME_OF = {
     'PolyNL1d': '.layers',
     'PolyNL2d': '.layers',
     'PolyNL3d': '.layers',
+    'PolySA': '.attention',
+    'SAParams': '.ops.attention',
     'fuse_poly_nl': '.fusion',
     'insert_blocks': '.insertion',
     'poly_nl': '.ops',
+    'poly_sa': '.ops.attention',
     'shared_context': '.context',
 }
 

@@ -44,7 +44,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -243,9 +242,10 @@ def shared_context(
             results = windows(step, grid(image.shape[-2:], (512, 512),
                                          (384, 384)))
 
-    All Poly-NL layers take part, fused or not, whatever wraps the model, and
-    all of mmcv's ``ContextBlock``. Only calls of the thread that entered do:
-    others may use the model at the same time, also in a context of theirs.
+    All Poly-NL and Poly-SA layers take part, fused or not, whatever wraps the
+    model, and all of mmcv's ``ContextBlock``. Only calls of the thread that
+    entered do: others may use the model at the same time, also in a context of
+    theirs.
     Contexts may be nested: the gate goes through the innermost first, and
     parts of parts must not overlap but in the innermost. Where activations
     are checkpointed, backward belongs within.
@@ -260,9 +260,10 @@ def shared_context(
         ``over``.
 
     Raises:
-        ValueError: If no layer takes part, and for a layer whose branch is
-            normalised (``norm_cfg``) by statistics of the features at hand:
-            exact is an evaluated BatchNorm only.
+        ValueError: If no layer takes part, and for a layer that can not: one
+            whose branch is normalised (``norm_cfg``) by statistics of the
+            features at hand, but for an evaluated BatchNorm; a Poly-SA with
+            vectors or tokens that belong to a whole image.
         RuntimeError: If ``over`` is in use already, and if none of the layers
             was called: what ran was a copy, or in another thread.
     """
@@ -314,16 +315,11 @@ def _layers_of(model, exclude):
             'would know of another'
         )
     for layer, path in layers.items():
-        norm = getattr(layer, 'norm', None)
-        if norm is not None and (
-            norm.training or not isinstance(norm, _BatchNorm)
-        ):
+        why = layer.why_alone() if isinstance(layer, InContext) else None
+        if why is not None:
             raise ValueError(
-                f'the branch of {path!r} is normalised by a '
-                f'{type(norm).__name__}'
-                + (' in training' if isinstance(norm, _BatchNorm) else '')
-                + ', that is by statistics of the features at hand: '
-                'only an evaluated BatchNorm is the same for all parts'
+                f'{path!r} can not share its gate: {why}. Leave it out by '
+                'exclude'
             )
     return layers
 

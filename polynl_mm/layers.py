@@ -38,6 +38,7 @@ __all__ = [
     'PolyNL3d',
     'Source',
     'StateDictMismatch',
+    'is_more_than_weights',
 ]
 
 
@@ -67,6 +68,18 @@ Around = Callable[
 ]
 
 
+def is_more_than_weights(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether what it computes is not what ``kind`` does with its weights."""
+    return bool(
+        type(module).forward is not kind.forward
+        or 'forward' in vars(module)
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+
+
 class InContext:
     """What a layer and its fused form have in common: they have a gate.
 
@@ -81,6 +94,16 @@ class InContext:
     """
 
     around: Around | None = None
+
+    def __init__(self) -> None:
+        """Have the models of mmengine tell layers the sizes of pictures."""
+        super().__init__()
+        if 'mmengine.model' in sys.modules:
+            import_module('polynl_mm.samples')
+
+    def why_alone(self) -> str | None:
+        """Why its gate can not be shared by several calls; None if it can."""
+        return None
 
     def _around(self, x: Tensor) -> dict:
         """Arguments of the operation."""
@@ -164,9 +187,6 @@ class PolyNL(InContext, nn.Module):
     ) -> None:
         """Check the arguments, make the parameters; see the class."""
         super().__init__()
-        if 'mmengine.model' in sys.modules:
-            # Has its models tell layers the sizes of pictures.
-            import_module('polynl_mm.samples')
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(
                 f'in_channels must be a positive int, got {in_channels!r}'
@@ -242,14 +262,21 @@ class PolyNL(InContext, nn.Module):
     @property
     def calls_convolutions(self) -> bool:
         """Whether what they compute is not in their weights alone."""
-        return any(
-            type(conv).forward is not self._conv.forward
-            or 'forward' in vars(conv)
-            or conv._forward_pre_hooks
-            or conv._forward_hooks
-            or conv._backward_pre_hooks
-            or conv._backward_hooks
-            for conv in (self.w1, self.w2, self.w3)
+        convs = (self.w1, self.w2, self.w3)
+        return any(is_more_than_weights(conv, self._conv) for conv in convs)
+
+    def why_alone(self) -> str | None:
+        """A norm of the branch takes statistics of the features at hand."""
+        norm = self.norm
+        if norm is None or (
+            isinstance(norm, _BatchNorm) and not norm.training
+        ):
+            return None
+        return (
+            f'its branch is normalised by a {type(norm).__name__}'
+            + (' in training' if isinstance(norm, _BatchNorm) else '')
+            + ', that is by statistics of the features at hand: only an '
+            'evaluated BatchNorm is the same for all parts'
         )
 
     @property

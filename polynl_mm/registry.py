@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from mmengine import registry as root
 from mmengine.registry import Registry
 
+from .attention import PolySA
 from .layers import PolyNL1d, PolyNL2d, PolyNL3d
 
 # Every location is imported at the first look-up in any of the registries, so
@@ -58,5 +59,5 @@ LOOPS = _child(root.LOOPS)
 RUNNERS = _child(root.RUNNERS)
 
 # The layers need only torch, and so can not do it themselves.
-for _layer in (PolyNL1d, PolyNL2d, PolyNL3d):
+for _layer in (PolyNL1d, PolyNL2d, PolyNL3d, PolySA):
     MODELS.register_module(module=_layer)

@@ -660,7 +660,10 @@ def test_branches_normalised_by_the_window(kind):
     model = nn.Sequential(PolyNL2d(6, beta_init=0.5, norm_cfg=kind)).double()
     x = image(channels=6)
     windows = grid(SIZE, (9, 10), (5, 7))
-    with pytest.raises(ValueError, match="branch of '0' is normalised by a"):
+    with pytest.raises(
+        ValueError,
+        match="'0' can not share its gate: its branch is normalised by a",
+    ):
         in_windows(model, x, windows)
     model.eval()
     if kind['type'] == 'BN':

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'polynl_mm'
 
-LAYER = {'ops', 'padding', 'layers', 'registry'}
+LAYER = {'ops', 'padding', 'layers', 'attention', 'registry'}
 BLOCK = LAYER | {'context', 'samples', 'plugins', 'insertion', 'fusion'}
 BLOCK |= {'limits'}
 # Which other rooms each may import. One task never imports another.
@@ -22,7 +22,8 @@ MAY_IMPORT = {
     'ops': set(),
     'padding': {'ops'},
     'layers': {'ops', 'padding'},
-    'registry': {'layers'},
+    'attention': {'ops', 'layers'},
+    'registry': {'layers', 'attention'},
     'samples': {'ops', 'padding', 'layers'},
     'context': {'ops', 'padding', 'layers'},
     'plugins': {'layers'},
@@ -39,6 +40,7 @@ ELSEWHERE = {
     'ops': {'torch', 'triton'},
     'padding': {'torch'},
     'layers': {'torch', 'mmcv'},
+    'attention': {'torch'},
     'context': {'torch'},
     'plugins': {'torch'},
 }

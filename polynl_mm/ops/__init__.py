@@ -12,6 +12,7 @@ All of the mathematics is in this package, and it needs only torch:
 - ``triton``: both on a GPU, by ``kernels`` of few launches, and ``operators``,
   the same steps of these;
 - ``choice``: what each form costs, and which is taken;
+- ``attention``: Poly-SA, for tokens, on the door behind a convolution;
 - ``precision``: what depends on torch's version or mode.
 
 Notation, for one image: :math:`X \in R^{C \times N}` holds the features as
