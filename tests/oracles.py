@@ -38,6 +38,51 @@ def poly_nl_loop(x, w1, w2, w3, alpha, beta, b1=None, b2=None, b3=None):
     return y.transpose(1, 2).reshape(x.shape)
 
 
+def poly_sa_loop(
+    x, wq, wk, wv, wo, bq=None, bk=None, bv=None, bo=None, *, heads,
+    norm=None, weights=None, p1=None, p2=None,
+):  # fmt: skip
+    """Poly-SA, one image, one head and one token at a time, in float64.
+
+    g_h = mean_n K_nh * V_nh, a weighted mean with ``weights``, or, with the
+    learnt vectors, sum_n p2_hn K_nh * V_nh; then Y_n = [p1_hn Q_nh * norm(g_h)
+    for each h] Wo, norm a (weight, bias, eps) of a LayerNorm over the head.
+
+    Shape: x (B, N, C), w (C, C) as of nn.Linear, b (C,), weights (B, N),
+    p1 and p2 (heads, N).
+    """
+    zero = torch.zeros(x.shape[2], dtype=torch.float64)
+    bq, bk, bv, bo = (zero if b is None else b for b in (bq, bk, bv, bo))
+    width = x.shape[2] // heads
+    images = []
+    for i, image in enumerate(x):
+        counts = [1.0] * len(image) if weights is None else list(weights[i])
+        total = 1.0 if p2 is not None else sum(counts)
+        queries, gates = [[] for _ in image], []
+        for h in range(heads):
+            own = slice(h * width, (h + 1) * width)
+            gate = torch.zeros(width, dtype=torch.float64)
+            for n, token in enumerate(image):
+                queries[n].append(wq[own] @ token + bq[own])
+                key, value = wk[own] @ token + bk[own], wv[own] @ token
+                count = counts[n] * (1.0 if p2 is None else p2[h, n])
+                gate = gate + count * key * (value + bv[own])
+            gate = gate / total if total > 0 else torch.zeros(width).double()
+            if norm is not None:
+                mean = sum(gate) / width
+                variance = sum((v - mean) ** 2 for v in gate) / width
+                scaled = (gate - mean) / torch.sqrt(variance + norm[2])
+                gate = norm[0] * scaled + norm[1]
+            gates.append(gate)
+        rows = []
+        for n in range(len(image)):
+            spread = [1.0 if p1 is None else p1[h, n] for h in range(heads)]
+            mixed = [s * q * g for s, q, g in zip(spread, queries[n], gates)]
+            rows.append(wo @ torch.cat(mixed) + bo)
+        images.append(torch.stack(rows))
+    return torch.stack(images) if images else x * 1
+
+
 def wider_face_loop(pictures):
     """Official evaluation of WIDER Face, in steps as small as it describes.
 

@@ -19,8 +19,8 @@ H heads of :math:`d = C / H` channels each, and
     g &= \tfrac1N \textstyle\sum_n k_n \odot v_n && \text{C numbers an image}\\
     y_n &= W_o (\nu(g) \odot q_n) + b_o
 
-as D. Han et al. account for it (QT-ViT, NeurIPS 2024: a linear attention with
-a plain mean as its kernel). Any N.
+as QT-ViT (NeurIPS 2024) accounts for it: the linear attention that has a plain
+mean for its kernel. Any N.
 
 **learnt**: each head pools by a learnt vector over the positions, and spreads
 what it pooled by another, :math:`p_2, p_1 \in R^{H \times N}`,
@@ -34,11 +34,10 @@ as T. C. Nauen et al. wrote it from the paper's text for a comparison of
 transformers ("Which Transformer to Favor", WACV 2025, arXiv 2308.09372). One
 N only.
 
-:math:`\nu` is the identity or a LayerNorm over the d numbers of each head, its
-affine map shared by all heads, as Nauen et al. have it (Han et al. name no
-norm). Nothing is known of its epsilon, nor whether the paper has a norm with
-the mean. The gate of a mean over many tokens may be small: an epsilon well
-below its variance keeps the norm what it is.
+:math:`\nu` is a LayerNorm over the d numbers of each head, its affine map
+shared by all heads and its epsilon 1e-6, as Nauen et al. have it, or the
+identity, as QT-ViT does. Their dropout of the gate is left out. Which of it is
+the paper's own, and its initial values, is not known.
 
 Without softmax and without an N x N matrix: beside the four projections,
 O(N C) of time and memory. There are heads only in :math:`\nu` and in the
@@ -229,20 +228,16 @@ def _directly(x, project, out, heads, norm, positions, pool, weights):
             kv = kv * transposed(weights)
         if positions is None:
             g = kv.sum(1) / n
-        else:
-            p1, p2 = (_per_channel(t, kv) for t in positions)
-            g = (kv * p2).sum(1)
-        g = _after(pool, norm, heads)(g)
-        gain = g.unsqueeze(1)
+        else:  # of every channel of a head alike
+            p1, p2 = (
+                transposed(t.to(dtype)).contiguous().unsqueeze(2)
+                for t in positions
+            )
+            g = (kv.unflatten(2, (heads, -1)) * p2).sum(1).flatten(1)
+        gain = _after(pool, norm, heads)(g).unsqueeze(1)
         if positions is not None:
-            gain = gain * p1
+            gain = (gain.unflatten(2, (heads, -1)) * p1).flatten(2)
     return out(q, gain)
-
-
-def _per_channel(vectors: Tensor, like: Tensor) -> Tensor:
-    """(H, N) as (N, C), each head's for all of its channels."""
-    width = like.shape[2] // len(vectors)
-    return transposed(vectors.to(like.dtype)).repeat_interleave(width, 1)
 
 
 def _after(pool: Pool | None, norm: HeadNorm | None, heads: int) -> Pool:
