@@ -27,6 +27,12 @@ that of an eager step, launches, peak memory, and what it reaches of what the
 card can do. First the errors of all forms against float64. What fails is told,
 and the rest goes on.
 
+With --attention Poly-SA in all forms, and by learnt vectors, against softmax
+attention (``scaled_dot_product_attention``) and efficient attention, in units
+of the projections that all of them have:
+
+    python tools/benchmark_layer.py --attention --json out.json
+
 With --calibrate nothing but the rates of this machine, in the form in which
 polynl_mm/ops/choice.py holds them.
 
@@ -55,12 +61,14 @@ if (HERE.parent / 'polynl_mm').is_dir():
 sys.path.append(str(HERE))
 
 import torch
-from benchmarks import calibrate, gpu, layer, timing
+from benchmarks import attention, calibrate, gpu, layer, timing
 from benchmarks.card import Card
 from benchmarks.core import extract
 from benchmarks.goals import goals, gpu_goals, told
 from benchmarks.timing import MODES
 
+CHANNELS = (64, 256, 512, 1024, 2048)
+POSITIONS = (256, 1024, 2048, 4096, 8192, 16384)
 # These say how it is measured on a CPU.
 ON_CPU = ('channels', 'positions', 'seconds', 'no_memory', 'against')
 
@@ -75,15 +83,15 @@ def parse_args() -> argparse.Namespace:
         '--channels',
         type=int,
         nargs='+',
-        default=[64, 256, 512, 1024, 2048],
         metavar='C',
+        help=f'by default {CHANNELS}, with --attention {attention.CHANNELS}',
     )
     parser.add_argument(
         '--positions',
         type=int,
         nargs='+',
-        default=[256, 1024, 2048, 4096, 8192, 16384],
         metavar='N',
+        help=f'by default {POSITIONS}, with --attention {attention.POSITIONS}',
     )
     parser.add_argument(
         '--seconds',
@@ -102,6 +110,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument(
+        '--attention',
+        action='store_true',
+        help='Poly-SA against the attention of transformers, no more',
+    )
+    parser.add_argument(
         '--calibrate',
         action='store_true',
         help='print the rates of this machine that choice.py wants, no more',
@@ -111,11 +124,14 @@ def parse_args() -> argparse.Namespace:
         type=float,
         default=140.0,
         metavar='SECONDS',
-        help='on a GPU: what has not begun by then is left out',
+        help='on a GPU: what has not begun by then is left out; with\n'
+        '--attention: what is expected to take longer in a case is not run',
     )
     args = parser.parse_args()
+    if args.attention and (args.against or args.calibrate):
+        refuse('--attention is for none of --against and --calibrate')
     if args.device == 'cuda':
-        for name in () if args.calibrate else ON_CPU:
+        for name in () if args.calibrate or args.attention else ON_CPU:
             if getattr(args, name) != parser.get_default(name):
                 option = '--' + name.replace('_', '-')
                 refuse(f'{option} is not for --device cuda')
@@ -123,6 +139,18 @@ def parse_args() -> argparse.Namespace:
             refuse('--device cuda, but this machine has no such GPU')
     if args.json and not Path(args.json).absolute().parent.is_dir():
         refuse(f'--json {args.json}: its folder does not exist')
+    args.channels = args.channels or (
+        attention.CHANNELS if args.attention else CHANNELS
+    )
+    args.positions = args.positions or (
+        attention.POSITIONS if args.attention else POSITIONS
+    )
+    for c in args.channels if args.attention else ():
+        if c % attention.HEAD:
+            refuse(
+                f'--channels {c}: heads have {attention.HEAD} channels, of '
+                'which it must be a multiple'
+            )
     return args
 
 
@@ -140,6 +168,8 @@ def main() -> None:
         for line in calibrate.run(args.device, sizes, args.seconds):
             print(line, flush=True)
         return
+    if args.attention:
+        return on_tokens(args)
     if args.device == 'cuda':
         return on_gpu(args)
     timing.allow_tf32(False)
@@ -180,6 +210,35 @@ def on_gpu(args) -> None:
     wrong = [case for case in result['errors'] if not case['right']]
     if wrong:
         refuse(f'{len(wrong)} results are wrong')
+
+
+def on_tokens(args) -> None:
+    """Poly-SA and its rivals; see the module."""
+    timing.allow_tf32(False)
+    print(timing.machine(args.device), flush=True)
+    rows = []
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if not args.no_memory:
+            pool = stack.enter_context(timing.one_process_each(args.device))
+        for c in args.channels:
+            before = []
+            for n in sorted(args.positions):
+                case = (c, n, args.device, args.seconds, args.limit, before)
+                try:
+                    before.append(attention.run_case(*case, pool))
+                except layer.Disagreement as error:
+                    sys.exit(str(error))
+                rows.append(before[-1])
+                result = dict(machine=timing.machine(args.device), rows=rows)
+                if args.json:
+                    Path(args.json).write_text(json.dumps(result, indent=1))
+                print(f'C={c} N={n} done', flush=True)
+    for mode in MODES:
+        print(f'\n{mode}, time in units of the projections\n')
+        print(attention.time_table(rows, mode))
+        print(f'\n{mode}, peak of memory in units of the tokens\n')
+        print(attention.memory_table(rows, mode))
 
 
 def measure(args, against: layer.Against | None) -> dict:

@@ -14,10 +14,10 @@ from torch import nn
 try:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError:  # torch < 2.3
-    _not_written_out = contextlib.nullcontext
+    not_written_out = contextlib.nullcontext
 else:
 
-    def _not_written_out():
+    def not_written_out():
         """Refuse the N x N matrix, to which torch falls back in silence."""
         return sdpa_kernel(
             [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -74,7 +74,7 @@ class NonLocal(nn.Module):
             .contiguous()
             for conv in (self.q, self.k, self.v)
         )
-        with _not_written_out():
+        with not_written_out():
             y = F.scaled_dot_product_attention(q, k, v)
         y = y.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
         return x + self.out(y)
