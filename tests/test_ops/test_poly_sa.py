@@ -93,7 +93,6 @@ SHAPES = {
 KINDS = {
     'direct': dict(kind='direct'),
     'gram': dict(kind='gram'),
-    'auto': dict(kind='auto'),
     'called': dict(kind='called'),
     'learnt': dict(kind='direct', learnt=True),
     'learnt, called': dict(kind='called', learnt=True),
@@ -313,6 +312,20 @@ def test_flops(kind):
         assert flops == 3 * 2 * direct
     else:
         assert flops < 2 * (5 * n * c**2 + 13 * c**3)
+
+
+def test_auto_takes_what_is_expected_to_be_faster():
+    taken = []
+    for n in (4, 4096):
+        tensors, call = made('direct', (1, n, 2, 4))
+        with torch.no_grad():
+            counts = {
+                form: count_flops(lambda f=form: run(tensors, 2, f))[0]
+                for form in (*FORMS, 'auto')
+            }
+        auto = counts.pop('auto')
+        taken += [form for form, count in counts.items() if count == auto]
+    assert taken == ['direct', 'gram']
 
 
 # ----------------------------------------------------------------- precision
