@@ -29,9 +29,10 @@ from helpers import (
     on_x,
     strided,
 )
-from oracles import poly_nl_loop
+from oracles import poly_nl_loop, poly_sa_loop
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from polynl_mm.attention import PolySA
 from polynl_mm.fusion import fuse_poly_nl
 from polynl_mm.layers import PolyNL2d
 from polynl_mm.ops.choice import BEHIND, ON_X, cost
@@ -300,6 +301,27 @@ def test_weights_of_positions_and_a_pool(form, shared):
         gradients(truth, inputs, dy.flatten(2)),
         1e-12,
     )
+
+
+@both_forms
+def test_tokens(form, launched):
+    """Poly-SA, of padded images: rows of channels in, and out."""
+    torch.manual_seed(0)
+    layer = PolySA(6, 2, form=form).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(7) > torch.tensor([[6], [3]])
+    y = layer(x, key_padding_mask=mask)
+    assert launched and y.is_contiguous()
+    weights = [t.detach() for t in layer.params]
+    norm = layer.norm.weight, layer.norm.bias, layer.norm.eps
+    loop = dict(heads=2, norm=norm, weights=(~mask).double())
+    truth = poly_sa_loop(x, *weights, **loop)
+    assert_near(y, truth, 1e-12)
+    dy = torch.randn_like(y)
+    (got,), (want,) = (torch.autograd.grad(t, x, dy) for t in (y, truth))
+    assert_near(got, want, 1e-11)
 
 
 @pytest.mark.parametrize('door', [on_x, behind])

@@ -320,7 +320,7 @@ def test_auto_takes_what_is_expected_to_be_faster():
         tensors, call = made('direct', (1, n, 2, 4))
         with torch.no_grad():
             counts = {
-                form: count_flops(lambda f=form: run(tensors, 2, f))[0]
+                form: count_flops(partial(run, tensors, 2, form))[0]
                 for form in (*FORMS, 'auto')
             }
         auto = counts.pop('auto')
