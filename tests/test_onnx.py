@@ -8,6 +8,7 @@ import torch
 from helpers import OLD_TORCH, calibrate, randomize
 from torch import nn
 
+from polynl_mm.attention import PolySA
 from polynl_mm.fusion import FusedPolyNL, fuse_poly_nl
 from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
 from polynl_mm.ops import FORMS
@@ -117,3 +118,31 @@ def test_by_the_exporter_of_mmdeploy(tmp_path):
     file = tmp_path / 'old.onnx'
     run = exported(model, first, False, file, opset_version=11)
     assert_equal(run, model, second)
+
+
+class OfTokens(nn.Module):
+    """A layer of tokens, of a sequence (B, C, N)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.transpose(1, 2))
+
+
+def test_attention(tmp_path):
+    """By the older exporter, which is the one that loses sizes."""
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 6, 11), torch.randn(3, 6, 5)
+    layers = [
+        PolySA(6, 2, form=form, norm=norm)
+        for form in FORMS
+        for norm in (False, True)
+    ]
+    model = SideBySide(*map(OfTokens, layers)).eval()
+    for p in model.parameters():
+        nn.init.normal_(p)
+    run = exported(model, first, False, tmp_path / 'model.onnx')
+    for x in (first, second):
+        assert_equal(run, model, x)

@@ -74,7 +74,6 @@ from .choice import BEHIND, choose_for
 from .gate import Conv, Params
 from .precision import (
     HALF,
-    autocast_dtype,
     float_dtype,
     has_kernels,
     no_autocast,
@@ -151,7 +150,6 @@ def poly_sa(
             implemented.
     """
     _check(x, p, num_heads, form, norm, positions)
-    x = x.to(autocast_dtype(x))
     features = transposed(x)
     if form == 'auto' and positions is None:
         channels, backward = x.shape[2], wants_grad(x, *p)
@@ -250,10 +248,10 @@ def _after(pool: Pool | None, norm: HeadNorm | None, heads: int) -> Pool:
             return g
         weight, bias, eps = norm
         weight, bias = weight.to(g.dtype), bias.to(g.dtype)
-        by_head = g.unflatten(1, (heads, -1))
-        return F.layer_norm(by_head, weight.shape, weight, bias, eps).flatten(
-            1
-        )
+        # Not unflatten, behind which the older exporter to ONNX takes the
+        # size of the batch for a constant.
+        g = g.reshape(-1, heads, len(weight))
+        return F.layer_norm(g, weight.shape, weight, bias, eps).flatten(1)
 
     return after
 
