@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import OLD_TORCH, assert_near
+from mmengine.analysis import get_model_complexity_info
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import load_state_dict
@@ -175,9 +176,9 @@ class SideBySide(nn.ModuleList):
 @pytest.mark.skipif(OLD_TORCH, reason='both came of age in 2.5')
 def test_compiled_and_exported():
     torch._dynamo.reset()
-    options = dict(direct=dict(form='direct'), gram=dict(form='gram'))
-    options.update(learnt=dict(pooling='learnt', num_tokens=12))
-    layers = SideBySide([made(6, 2, **each) for each in options.values()])
+    # What has learnt vectors takes the direct form.
+    options = dict(form='gram'), dict(pooling='learnt', num_tokens=12)
+    layers = SideBySide([made(6, 2, **each) for each in options])
     x = torch.randn(2, 12, 6, dtype=torch.float64)
     mask = torch.rand(2, 12) < 0.3
 
@@ -194,12 +195,22 @@ def test_compiled_and_exported():
     wants = torch.autograd.grad(layers(x, (3, 4), mask), params, dy)
     for got, want in zip(gots, wants):
         assert_near(got, want, 1e-11)
-    del layers[2]  # the others at any number of tokens
+    layers[1] = made(6, 2)  # for any number of tokens
     auto = torch.export.Dim.AUTO
     sizes = {'x': {0: auto, 1: auto}}
     program = torch.export.export(layers, (x,), dynamic_shapes=sizes)
     other = x.repeat(2, 3, 1)[1:, 5:]
     assert_right(program.module()(other), other)
+
+
+def test_flops_that_counters_with_hooks_see():
+    """Those of the formula as it is written: the hooks see linear layers."""
+    n, c = 64, 16
+    for options in ({}, dict(form='gram')):
+        counted = get_model_complexity_info(
+            PolySA(c, 2, **options), (n, c), show_table=False, show_arch=False
+        )
+        assert counted['flops'] == pytest.approx(4 * n * c**2, rel=0.01)
 
 
 # --------------------------------------------------------------- state dicts
