@@ -155,6 +155,10 @@ class PolySA(InContext, nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
+        self.init_gate()
+
+    def init_gate(self) -> None:
+        """Initial values of all but the projections."""
         if self.norm is not None:
             self.norm.reset_parameters()
         if self.p1 is not None:
@@ -209,6 +213,26 @@ class PolySA(InContext, nn.Module):
                 tokens that are padding: they do not count in the gate.
             attn_mask: None: there are no pairs of tokens to be masked.
         """
+        arguments = self.arguments(x, hw_shape, key_padding_mask, attn_mask)
+        if self.calls_linears:
+            return poly_sa_calling(x, self.project, self.proj, **arguments)
+        return poly_sa(x, self.params, form=self.form, **arguments)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values, (B, N, C) -> (B, N, 3C), by calling."""
+        return self.qkv(x)
+
+    def arguments(
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int] | None = None,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> dict:
+        """Check those of :meth:`forward`; give what the operation takes.
+
+        All but tokens, projections and form.
+        """
         if x.dim() != 3 or x.shape[2] != self.embed_dims:
             raise ValueError(
                 f'PolySA was built with embed_dims={self.embed_dims} for '
@@ -226,16 +250,13 @@ class PolySA(InContext, nn.Module):
                 f'PolySA has learnt vectors for num_tokens={self.p1.shape[1]},'
                 f" got {x.shape[1]} tokens; pooling='mean' is for any number"
             )
-        arguments = dict(
+        return dict(
             num_heads=self.num_heads,
             norm=self.norm
             and HeadNorm(self.norm.weight, self.norm.bias, self.norm.eps),
             positions=None if self.p1 is None else (self.p1, self.p2),
             **self._around_tokens(x, hw_shape, key_padding_mask),
         )
-        if self.calls_linears:
-            return poly_sa_calling(x, self.qkv, self.proj, **arguments)
-        return poly_sa(x, self.params, form=self.form, **arguments)
 
     def _around_tokens(self, x, hw_shape, mask) -> dict:
         """:meth:`_around` of the map, its weights those of the tokens."""
@@ -248,7 +269,10 @@ class PolySA(InContext, nn.Module):
                     f'{math.prod(hw_shape) + extra}'
                 )
             features = features[..., extra:].unflatten(2, tuple(hw_shape))
-        around = {'pool': None, 'weights': None, **self._around(features)}
+        around = {'pool': None, 'weights': None}
+        # Where a mask says what is padding, sizes of pictures need not.
+        if mask is None or hw_shape is not None or self.around is not None:
+            around.update(self._around(features))
         weights = around['weights']
         if weights is not None and hw_shape is not None:
             weights = F.pad(weights.flatten(1).float(), (extra, 0), value=1.0)
