@@ -21,6 +21,7 @@ _HOST_OF = {
     # and refuses those that a host would lose.
     'polynl_mm.samples': 'mmengine',
     'polynl_mm.plugins': 'mmengine',
+    'polynl_mm.loading': 'mmcv',
     'polynl_mm.engine.runner': 'mmengine',
     # Nor in it: any look-up lets torch read mmengine's checkpoints.
     'polynl_mm.engine.safe_load': 'mmengine',

@@ -15,7 +15,7 @@ PACKAGE = ROOT / 'polynl_mm'
 
 LAYER = {'ops', 'padding', 'layers', 'attention', 'registry'}
 BLOCK = LAYER | {'context', 'samples', 'plugins', 'insertion', 'fusion'}
-BLOCK |= {'limits'}
+BLOCK |= {'limits', 'loading'}
 # Which other rooms each may import. One task never imports another.
 MAY_IMPORT = {
     'limits': set(),
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     'samples': {'ops', 'padding', 'layers'},
     'context': {'ops', 'padding', 'layers'},
     'plugins': {'layers'},
+    'loading': {'limits', 'registry'},
     'insertion': LAYER | {'samples'},
     'fusion': LAYER | {'insertion', 'plugins'},
     'detection': BLOCK,

@@ -35,13 +35,13 @@ from tqdm import tqdm
 
 from polynl_mm.faces.files import (
     ATTRIBUTES,
-    decode_picture,
     is_picture,
     match_landmarks,
     read_bbx_gt,
     read_file_list,
     read_landmark_labels,
 )
+from polynl_mm.limits import decode_picture
 
 SPLITS = ('train', 'val', 'test')
 # Share of faces at a strange place up to which they are slips of annotators.

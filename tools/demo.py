@@ -17,8 +17,7 @@ from rich.progress import track
 from polynl_mm.engine import checks, cli, start
 from polynl_mm.engine.cli import StartError
 from polynl_mm.engine.hosts import host_of, plain_loader
-from polynl_mm.faces.files import decode_picture
-from polynl_mm.limits import MAX_PIXELS
+from polynl_mm.limits import MAX_PIXELS, decode_picture
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from polynl_mm.limits import MAX_PIXELS, MB, call_in_child, check_pixels
+from polynl_mm.limits import MB, call_in_child
 
 from .landmarks import NUM_LANDMARKS
 
@@ -45,9 +45,6 @@ _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 _PICTURE = 'a picture, event/name.jpg'
 # What stands for bytes that are no UTF-8.
 _UNDECODED = '\ufffd'
-# A marker of a JPEG after the data of a scan, in which 00 or a restart follows
-# FF where FF does not fill.
-_MARKER = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')
 _ABSENT = (-1.0, -1.0, 0.0)
 _POINTS = f'{NUM_LANDMARKS} times x y flag'
 _LABEL_LINES = {
@@ -494,71 +491,6 @@ def annotation_format(path: str | os.PathLike) -> str:
     if first and all(line.endswith(_IMAGE_SUFFIXES) for line in first):
         return 'list'
     return 'bbx_gt'
-
-
-def decode_picture(
-    content: bytes,
-    path: str | os.PathLike,
-    decode: Callable[[bytes], np.ndarray | None],
-    max_pixels: int = MAX_PIXELS,
-) -> np.ndarray:
-    """Decode a picture, or say which file is no whole one.
-
-    OpenCV decodes a truncated JPEG without a word and fills what is missing,
-    and its error on an empty file names no file. Here a JPEG must have its
-    end; what phones append to it may be anything (Motion Photos).
-
-    Args:
-        content (bytes): What the file holds.
-        path (str or PathLike): Its name, for the messages.
-        decode (Callable): Gives the pixels; None or an error says that there
-            are none.
-        max_pixels (int): The most that it may have, for a small file can be a
-            picture that fills the memory.
-
-    Returns:
-        ndarray: What ``decode`` gives.
-
-    Raises:
-        ValueError: The file is empty, truncated, too large or no picture.
-    """
-    if not content:
-        raise ValueError(f'{path}: empty, expected a picture')
-    if content.startswith(b'\xff\xd8') and not _jpeg_ends(content):
-        raise ValueError(
-            f'{path}: truncated, {len(content)} bytes of a JPEG without its '
-            f'end'
-        )
-    try:
-        check_pixels(content, max_pixels)
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
-    try:
-        image = decode(content)
-    except Exception as error:
-        raise ValueError(f'{path}: not a readable picture ({error})') from (
-            error
-        )
-    if image is None:
-        raise ValueError(f'{path}: not a readable picture')
-    return image
-
-
-def _jpeg_ends(content: bytes) -> bool:
-    """Walk from marker to marker to the end of a JPEG that has a scan."""
-    at, scanned = 2, False
-    while True:
-        # Also past what does not belong there, as decoders do.
-        marker = _MARKER.search(content, at)
-        if marker is None:
-            return False
-        kind, at = content[marker.end() - 1], marker.end()
-        if kind == 0xD9:
-            return scanned
-        # These two have no length.
-        if kind not in (0x01, 0xD8):
-            at += max(2, int.from_bytes(content[at : at + 2], 'big'))
-        scanned = scanned or kind == 0xDA
 
 
 class GroundTruth(NamedTuple):

@@ -15,83 +15,22 @@ mmcv's wrappers build these by name: ``RandomResize`` and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
-from mmcv.transforms import LoadImageFromFile as _LoadImageFromFile
 from mmcv.transforms.utils import cache_randomness
 from mmdet.datasets import transforms as host
 from mmdet.structures.bbox import autocast_box_type
-from mmengine import fileio
 
-from polynl_mm.limits import MAX_PIXELS
 from polynl_mm.registry import TRANSFORMS
 
 from .boxes import FaceBoxes
-from .files import decode_picture
 from .landmarks import NUM_LANDMARKS
 
 # One row for each face.
 _PER_FACE = ('gt_bboxes', 'gt_bboxes_labels', 'gt_ignore_flags')
-
-
-@TRANSFORMS.register_module()
-class LoadImageFromFile(_LoadImageFromFile):
-    """mmcv's, but a file that is no whole picture is an error that names it.
-
-    See :func:`~.files.decode_picture`.
-
-    Args:
-        ignore_empty (bool): Give None, which makes the data set take another
-            picture, instead of an error.
-        max_pixels (int): The most that a picture may have.
-        *args: See :class:`mmcv.transforms.LoadImageFromFile`, and so for
-            ``**kwargs``; ``file_client_args`` is refused.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is empty, truncated, too large or no picture.
-    """
-
-    def __init__(self, *args, max_pixels: int = MAX_PIXELS, **kwargs) -> None:
-        """Refuse the outdated argument."""
-        super().__init__(*args, **kwargs)
-        self.max_pixels = max_pixels
-        if self.file_client_args is not None:
-            raise ValueError(
-                f'file_client_args is outdated, expected backend_args, got '
-                f'{self.file_client_args}'
-            )
-
-    def transform(self, results: dict) -> dict | None:
-        """Add ``img`` (H, W, 3), BGR unless told, and its shapes."""
-        path = results['img_path']
-        try:
-            image = self._decode(path)
-        except Exception:
-            if self.ignore_empty:
-                return None
-            raise
-        if self.to_float32:
-            image = image.astype(np.float32)
-        results['img'] = image
-        results['img_shape'] = results['ori_shape'] = image.shape[:2]
-        return results
-
-    def _decode(self, path: str) -> np.ndarray:
-        return decode_picture(
-            fileio.get(path, backend_args=self.backend_args),
-            path,
-            partial(
-                mmcv.imfrombytes,
-                flag=self.color_type,
-                backend=self.imdecode_backend,
-            ),
-            self.max_pixels,
-        )
 
 
 @TRANSFORMS.register_module()

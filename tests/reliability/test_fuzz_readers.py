@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from polynl_mm import limits
 from polynl_mm.faces import files
 
 pytest.importorskip('mmdet')
@@ -177,9 +178,9 @@ def read_rows(path):
 
 def read_jpeg(path):
     content = path.read_bytes()
-    pixels = files.decode_picture(content, path, read_pixels)
+    pixels = limits.decode_picture(content, path, read_pixels)
     # Whatever a phone appends.
-    files.decode_picture(content + b'\xff\xda\x00', path, lambda _: pixels)
+    limits.decode_picture(content + b'\xff\xda\x00', path, lambda _: pixels)
 
 
 class Data:

@@ -14,7 +14,6 @@ from scipy.io import savemat
 from polynl_mm.faces.files import (
     SETTINGS,
     annotation_format,
-    decode_picture,
     load_wider_face_gt,
     read_bbx_gt,
     read_file_list,
@@ -22,6 +21,7 @@ from polynl_mm.faces.files import (
     read_predictions,
     write_predictions,
 )
+from polynl_mm.limits import decode_picture
 
 ROOT = Path(__file__).parents[2]
 
