@@ -29,6 +29,11 @@ _HOST_OF = {
     'polynl_mm.engine.resuming': 'mmengine',
     'polynl_mm.engine.hooks': 'mmengine',
     'polynl_mm.engine.loops': 'mmengine',
+    'polynl_mm.squeeze_excitation': 'mmdet',
+    'polynl_mm.classification.dataset': 'mmengine',
+    'polynl_mm.classification.transforms': 'mmcv',
+    'polynl_mm.classification.model': 'mmengine',
+    'polynl_mm.classification.accuracy': 'mmengine',
     'polynl_mm.detection.tiles': 'mmdet',
     'polynl_mm.faces.dataset': 'mmdet',
     'polynl_mm.faces.transforms': 'mmdet',
@@ -58,6 +63,15 @@ VISUALIZERS = _child(root.VISUALIZERS)
 HOOKS = _child(root.HOOKS)
 LOOPS = _child(root.LOOPS)
 RUNNERS = _child(root.RUNNERS)
+# No type of ours is in these. As default_scope of a config, a scope is warned
+# of wherever it has no child.
+for _parent in (
+    *(root.DATA_SAMPLERS, root.MODEL_WRAPPERS, root.WEIGHT_INITIALIZERS),
+    *(root.OPTIMIZERS, root.OPTIM_WRAPPERS, root.OPTIM_WRAPPER_CONSTRUCTORS),
+    *(root.PARAM_SCHEDULERS, root.EVALUATOR, root.VISBACKENDS),
+    *(root.LOG_PROCESSORS, root.INFERENCERS, root.FUNCTIONS),
+):
+    _child(_parent)
 
 # The layers need only torch, and so can not do it themselves.
 for _layer in (PolyNL1d, PolyNL2d, PolyNL3d, PolySA):

@@ -28,12 +28,15 @@ MAY_IMPORT = {
     'context': {'ops', 'padding', 'layers'},
     'plugins': {'layers'},
     'loading': {'limits', 'registry'},
+    'squeeze_excitation': {'registry'},
     'insertion': LAYER | {'samples'},
     'fusion': LAYER | {'insertion', 'plugins'},
     'detection': BLOCK,
+    'classification': BLOCK,
     'faces': BLOCK,
     'segmentation': BLOCK,
-    'engine': BLOCK | {'detection', 'faces', 'segmentation'},
+    'engine': BLOCK
+    | {'classification', 'detection', 'faces', 'segmentation'},
 }
 # What a room may import from elsewhere, beside the standard library, where
 # that is not left to it.

@@ -1,4 +1,4 @@
-"""Draw what a model of mmdet or mmseg finds in one image or in a folder."""
+"""Draw what a model finds in one image or in a folder."""
 
 import os
 import sys

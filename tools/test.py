@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of any mmdet or mmseg config, on GPUs or without."""
+"""Evaluate a checkpoint of mmdet, mmseg or recognition, on GPUs or without."""
 
 import os
 import sys
@@ -26,7 +26,8 @@ def parse_args():
         '--out',
         metavar='PATH',
         help='save the predictions: mmdet: to this .pkl or .pickle file; '
-        'mmseg: as label maps into this folder',
+        'mmseg: as label maps into this folder; classifiers: scores to a '
+        '.pkl or .pickle file',
     )
     parser.add_argument(
         '--show', action='store_true', help='show predictions in a window'
@@ -60,6 +61,10 @@ def set_show(cfg, args):
     """Switch the visualization hook on."""
     option = '--show and --show-dir'
     host = host_of(cfg, option)
+    if host.show_dir is None:
+        raise StartError(
+            f'{option} are not for classification: tools/demo.py draws'
+        )
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise StartError(

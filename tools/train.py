@@ -1,4 +1,4 @@
-"""Train any mmdet or mmseg config, on GPUs or without."""
+"""Train any config of mmdet, mmseg or recognition, on GPUs or without."""
 
 import os
 import sys

@@ -29,7 +29,7 @@ class Host:
             evaluator, or None where those of the config do it. Raises
             StartError if the host could not save them there.
         show_dir: The setting of a config that is the folder of
-            ``--show-dir``.
+            ``--show-dir``; None where the tool draws nothing.
         inferencer: 'module:name' of the class that draws what a model finds.
         score_thr: Its argument for the least score of what is drawn, if any.
         sample: 'module:name' of what a pipeline packs a picture into.
@@ -55,7 +55,7 @@ class Host:
 
     tile: Callable[[Config, list[dict], int, int], None]
     out: Callable[[Config, str], dict | None]
-    show_dir: str
+    show_dir: str | None
     inferencer: str
     sample: str
     meta_keys: tuple[str, ...]
@@ -84,10 +84,10 @@ def host_of(cfg: Config, option: str | None = None) -> Host:
     if option is None:
         raise StartError(
             f'config {cfg.filename} has default_scope={name!r}, expected '
-            + ' or '.join(names)
+            + f'one of {", ".join(names)}'
         )
     raise StartError(
-        f'{option} is known for {" and ".join(names)} configs, but config '
+        f'{option} is known for configs of {", ".join(names)}, but config '
         f'{cfg.filename} has default_scope={name!r}'
     )
 
@@ -105,11 +105,13 @@ def plain_loader(cfg: Config) -> None:
             transform.type = 'LoadImageFromFile'
 
 
-def _save_pickle(cfg: Config, out: str) -> dict:
+def _check_pickle(out: str, saved: str) -> None:
     if not out.endswith(('.pkl', '.pickle')):
-        raise StartError(
-            f'--out {out}: mmdet saves predictions to one .pkl or .pickle file'
-        )
+        raise StartError(f'--out {out}: {saved} to one .pkl or .pickle file')
+
+
+def _save_pickle(cfg: Config, out: str) -> dict:
+    _check_pickle(out, 'mmdet saves predictions')
     return dict(type='mmdet.DumpDetResults', out_file_path=out)
 
 
@@ -196,6 +198,21 @@ def _refuse_tile(
     )
 
 
+def _save_scores(cfg: Config, out: str) -> dict:
+    _check_pickle(out, 'the scores of a classifier are saved')
+    return dict(type='DumpResults', out_file_path=out)
+
+
+def _refuse_tiles_of_classes(
+    cfg: Config, datasets: list[dict], tile: int, overlap: int
+) -> None:
+    raise StartError('--tile is for mmdet: a classifier sees whole pictures')
+
+
+def _refuse_tta(dataset: dict) -> dict:
+    raise StartError('--tta is for mmdet and mmseg, not for classification')
+
+
 HOSTS = {
     'mmdet': Host(
         tile=_tile_detector,
@@ -218,5 +235,17 @@ HOSTS = {
         meta_keys=('ori_shape',),
         check_datasets='polynl_mm.segmentation.labels:check_seg_data',
         check_test_cfg='polynl_mm.segmentation.windows:check_test_cfg',
+    ),
+    # Recognition, on mmengine alone.
+    'polynl_mm': Host(
+        tile=_refuse_tiles_of_classes,
+        out=_save_scores,
+        show_dir=None,
+        inferencer='polynl_mm.classification.inferencer:ClsInferencer',
+        sample='mmengine.structures:BaseDataElement',
+        meta_keys=(),
+        tta_defaults=_refuse_tta,
+        check_datasets='polynl_mm.classification.dataset:check_image_folders',
+        check_train='polynl_mm.classification.dataset:check_classes',
     ),
 }

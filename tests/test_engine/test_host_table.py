@@ -35,13 +35,14 @@ def test_no_host(scope):
     with pytest.raises(StartError) as caught:
         host_of(cfg)
     assert str(caught.value) == (
-        f'config some.py has default_scope={scope!r}, expected mmdet or mmseg'
+        f'config some.py has default_scope={scope!r}, expected one of '
+        'mmdet, mmseg, polynl_mm'
     )
     with pytest.raises(StartError) as caught:
         host_of(cfg, '--tta')
     assert str(caught.value) == (
-        '--tta is known for mmdet and mmseg configs, but config some.py has '
-        f'default_scope={scope!r}'
+        '--tta is known for configs of mmdet, mmseg, polynl_mm, but config '
+        f'some.py has default_scope={scope!r}'
     )
 
 

@@ -318,8 +318,8 @@ def test_refuses(refuse, here):
         "default_scope = 'mmengine'\nmodel = dict(type='ToyModel')"
     )
     assert (
-        "config cls.py has default_scope='mmengine', expected mmdet or mmseg"
-        in refuse('cls.py', *shape)
+        "config cls.py has default_scope='mmengine', expected one of mmdet, "
+        'mmseg, polynl_mm' in refuse('cls.py', *shape)
     )
     (here / 'empty.py').write_text("default_scope = 'mmdet'")
     assert 'empty.py has no model' in refuse('empty.py', *shape)

@@ -1,0 +1,256 @@
+"""Pictures in one folder per class, or in one folder with a list of labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.fileio import exists, get_local_path, join_path, list_dir_or_file
+from mmengine.utils import is_abs
+
+from polynl_mm.registry import DATASETS
+
+from .files import read_labels
+
+SUFFIXES = (
+    *('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff'),
+    '.webp',
+)
+
+
+@DATASETS.register_module()
+class ImageFolder(BaseDataset):
+    """Pictures with one class each, such as ImageNet as it is unpacked.
+
+    Either a folder for every class, with pictures at any depth in it::
+
+        dict(type='polynl_mm.ImageFolder', data_root='data/imagenet',
+             data_prefix=dict(img_path='train'))
+
+    or all pictures in one folder, and a file that says what they are, see
+    :func:`~.files.read_labels`::
+
+        dict(type='polynl_mm.ImageFolder', data_root='data/imagenet',
+             data_prefix=dict(img_path='val'), class_folder='train',
+             ann_file='meta/val.txt', test_mode=True)
+
+    The classes are the names of the class folders, sorted as Python sorts
+    them; they are in ``metainfo`` as ``classes``. A sample has ``img_path``
+    and ``gt_label``, an int from 0. Hidden files, and those without the
+    suffix of a picture, are passed over.
+
+    Args:
+        class_folder (str, optional): Whose folders are the classes, under
+            ``data_root`` if it is relative. If None, those of the picture
+            folder. ``metainfo=dict(classes=...)`` takes its place.
+        meta_file (str, optional): ``meta.mat`` of the official development
+            kit, for its labels. If None, the one beside ``ann_file``.
+        *args: See :class:`mmengine.dataset.BaseDataset`, and so for
+            ``**kwargs``.
+
+    Raises:
+        FileNotFoundError: A folder, a file or a picture is not there.
+        ValueError: There are no class folders; one of the picture folder is
+            none of the classes, or, unless in ``test_mode``, has no picture;
+            a label file is malformed, or has labels beyond the classes.
+    """
+
+    def __init__(
+        self,
+        *args,
+        class_folder: str | None = None,
+        meta_file: str | None = None,
+        **kwargs,
+    ) -> None:
+        """Read the folders and the labels."""
+        self.class_folder = class_folder
+        self.meta_file = meta_file
+        super().__init__(*args, **kwargs)
+
+    def _join_prefix(self) -> None:
+        super()._join_prefix()
+        for key in ('class_folder', 'meta_file'):
+            path = getattr(self, key)
+            if path and not is_abs(path) and self.data_root:
+                setattr(self, key, join_path(self.data_root, path))
+
+    def load_data_list(self) -> list[dict]:
+        """Find the pictures, and what they are."""
+        folder = self.data_prefix['img_path']
+        if self._metainfo.get('classes') is None:
+            self._metainfo['classes'] = self._folders(
+                self.class_folder or folder
+            )
+        if self.ann_file:
+            return self._listed(folder)
+        index = {name: i for i, name in enumerate(self._metainfo['classes'])}
+        data_list = []
+        for name in self._folders(folder):
+            place = join_path(folder, name)
+            if name not in index:
+                raise ValueError(
+                    f'{place}: none of the {len(index)} classes of '
+                    f'{self.class_folder or "metainfo"}'
+                )
+            pictures, _ = _pictures(place)
+            if not (pictures or self.test_mode):
+                raise ValueError(
+                    f'{place}: a class without pictures, expected files '
+                    f'{", ".join(SUFFIXES)}'
+                )
+            data_list += [
+                dict(img_path=join_path(place, each), gt_label=index[name])
+                for each in pictures
+            ]
+        return data_list
+
+    def _folders(self, folder: str) -> tuple[str, ...]:
+        if not exists(folder):
+            raise FileNotFoundError(
+                f'{folder}: not there, expected a folder with one of each '
+                'class'
+            )
+        found = list_dir_or_file(folder, list_file=False)
+        names = tuple(sorted(n for n in found if not n.startswith('.')))
+        if not names:
+            raise ValueError(
+                f'{folder}: no class folders in it, expected one for each '
+                'class; where labels are in ann_file, class_folder or '
+                'metainfo.classes tells the classes'
+            )
+        return names
+
+    def _listed(self, folder: str) -> list[dict]:
+        pictures, _ = _pictures(folder)
+        meta = self.meta_file or join_path(
+            os.path.dirname(self.ann_file), 'meta.mat'
+        )
+        with get_local_path(self.ann_file) as path:
+            labels = read_labels(
+                path, self._metainfo['classes'], pictures, meta
+            )
+        there = set(pictures)
+        missing = [each for each in labels if each.picture not in there]
+        if missing:
+            first = missing[0]
+            raise FileNotFoundError(
+                f'{join_path(folder, first.picture)}: not there, expected by '
+                f'{self.ann_file}, line {first.line}; missing are '
+                f'{len(missing)} of {len(labels)} pictures'
+            )
+        return [
+            dict(img_path=join_path(folder, each.picture), gt_label=each.label)
+            for each in labels
+        ]
+
+
+def _pictures(folder: str) -> tuple[list[str], list[str]]:
+    """Give the pictures of a folder, sorted, and the other files."""
+    files = sorted(list_dir_or_file(folder, list_dir=False, recursive=True))
+    pictures = [f for f in files if f.lower().endswith(SUFFIXES)]
+    return pictures, [f for f in files if not f.lower().endswith(SUFFIXES)]
+
+
+def check_image_folders(
+    datasets: Iterable[dict],
+    say: Callable[[str], None],
+    part: slice = slice(None),
+    training: bool = True,
+) -> None:
+    """Check that the pictures of local data sets may be pictures.
+
+    The first bytes of each are read, in threads: that finds empty files and
+    those that are something else. One that is cut off is found when it is
+    loaded, by ``polynl_mm.LoadImageFromFile``.
+
+    Args:
+        datasets: Configs of the data sets of a loader. A type that is no
+            :class:`ImageFolder` is passed over.
+        say: Told in a line what takes long, and what may be wrong: files
+            that are passed over, classes without pictures.
+        part: Which of the pictures to read, where several processes share
+            the work.
+        training: Not used; see :attr:`polynl_mm.engine.hosts.Host`.
+
+    Raises:
+        FileNotFoundError, ValueError: As :class:`ImageFolder`, and at a file
+            that is no picture, which is named.
+    """
+    for dataset in datasets:
+        data = _build(dataset, pipeline=[])
+        if data is None:
+            continue
+        folder, count = data.data_prefix['img_path'], len(data)
+        others = _pictures(folder)[1]
+        if others:
+            say(
+                f'warning: {folder} has {len(others)} files that have not '
+                f'the suffix of a picture, such as {others[0]}: passed over'
+            )
+        held = {data.get_data_info(i)['gt_label'] for i in range(count)}
+        classes = data.metainfo['classes']
+        bare = [n for i, n in enumerate(classes) if i not in held]
+        if bare:
+            say(
+                f'warning: of {len(classes)} classes, {len(bare)} have no '
+                f'picture in {folder}, such as {bare[0]}'
+            )
+        if count > 10000:
+            say(f'reading the first bytes of {count} pictures in {folder}')
+        paths = [data.get_data_info(i)['img_path'] for i in range(count)[part]]
+        with ThreadPoolExecutor() as pool:
+            for path, known in zip(paths, pool.map(_is_known, paths)):
+                if not known:
+                    raise ValueError(
+                        f'{path}: no picture, expected one that OpenCV '
+                        f'reads, got {os.path.getsize(path)} bytes'
+                    )
+
+
+def _is_known(path: str) -> bool:
+    return cv2.haveImageReader(path)
+
+
+def _build(dataset: dict, **kwargs) -> ImageFolder | None:
+    """Build one of ours; None for another type."""
+    with DATASETS.switch_scope_and_registry('polynl_mm') as registry:
+        kind = dataset.get('type')
+        kind = registry.get(kind) if isinstance(kind, str) else kind
+        # A type that nobody knows is left for the runner to complain about.
+        if not (isinstance(kind, type) and issubclass(kind, ImageFolder)):
+            return None
+        return registry.build(dict(dataset, **kwargs))
+
+
+def check_classes(cfg: Config) -> None:
+    """Check that the model has as many classes as its data.
+
+    A label beyond them is an index error, and on a GPU one without a name; a
+    validation set with fewer has other numbers for the same classes.
+
+    Args:
+        cfg: Of a training. Data sets that are no :class:`ImageFolder` are
+            passed over, and so are models without ``num_classes``.
+
+    Raises:
+        FileNotFoundError, ValueError: As :class:`ImageFolder`, and where the
+            numbers differ.
+    """
+    expected = (cfg.get('model') or {}).get('num_classes')
+    for phase in ('train', 'val'):
+        loader = cfg.get(f'{phase}_dataloader') or {}
+        data = _build(loader.get('dataset') or {}, pipeline=[])
+        if expected is None or data is None:
+            continue
+        count = len(data.metainfo['classes'])
+        if count != expected:
+            raise ValueError(
+                f'model.num_classes={expected}, but the data set in '
+                f'{phase}_dataloader, {data.data_prefix["img_path"]}, has '
+                f'{count} classes; its folders, those of class_folder or '
+                'metainfo.classes tell them'
+            )
