@@ -1,0 +1,12 @@
+_base_ = './r50-plain_8xb32-100e_in1k.py'
+model = dict(
+    backbone=dict(
+        plugins=[
+            dict(
+                cfg=dict(type='polynl_mm.PolyNL2d'),
+                stages=(False, False, True, False),
+                position='after_conv3',
+            )
+        ]
+    )
+)
