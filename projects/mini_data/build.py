@@ -10,6 +10,7 @@ from typing import NamedTuple
 from . import REVISION, UserError
 from .cityscapes import cityscapes
 from .coco import coco
+from .image_folders import digits, lfw_patches
 from .wider_face import wider_face
 
 MARKER = 'mini_data.json'
@@ -27,6 +28,8 @@ DATASETS = {
     'wider_face': DataSet(wider_face, train=400, val=80),
     'coco': DataSet(coco, train=400, val=80),
     'cityscapes': DataSet(cityscapes, train=400, val=80),
+    'digits': DataSet(digits, train=200, val=850),
+    'lfw_patches': DataSet(lfw_patches, train=40, val=100),
 }
 
 

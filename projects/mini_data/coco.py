@@ -56,18 +56,23 @@ class Digits(NamedTuple):
     ids: np.ndarray
 
 
-def load_digits(split: str, seed: int) -> Digits:
-    """Read the handwritten digits that the seed deals to a split."""
+def digit_table() -> tuple[np.ndarray, np.ndarray]:
+    """Read all digits: ink, (1797, 8, 8) float32 in [0, 1], and labels."""
     file = package_file('sklearn', 'datasets/data/digits.csv.gz')
     table = np.loadtxt(file, np.float32, delimiter=',')
     if table.shape != (1797, 65):
         raise UserError(
             f'{file}: shape {table.shape}, (1797, 65) was expected'
         )
-    shuffled = np.random.default_rng([seed, 0]).permutation(len(table))
+    return table[:, :-1].reshape(-1, 8, 8) / 16, table[:, -1].astype(int)
+
+
+def load_digits(split: str, seed: int) -> Digits:
+    """Read the handwritten digits that the seed deals to a split."""
+    ink, labels = digit_table()
+    shuffled = np.random.default_rng([seed, 0]).permutation(len(ink))
     ids = deal(shuffled, split)
-    ink = table[ids, :-1].reshape(-1, 8, 8) / 16
-    return Digits(ink, table[ids, -1].astype(int), ids)
+    return Digits(ink[ids], labels[ids], ids)
 
 
 @dataclass

@@ -97,14 +97,20 @@ class Patches:
     others: np.ndarray
 
 
-def load_patches(split: str, seed: int) -> Patches:
-    """Read the LFW patches and keep those that the seed deals to a split."""
+def patch_pool() -> np.ndarray:
+    """Read all patches, (200, 25, 25) float32 in [0, 1], faces first."""
     file = package_file('skimage', 'data/lfw_subset.npy')
     pool = np.load(file).astype(np.float32)
     if pool.shape != (200, 25, 25):
         raise UserError(
             f'{file}: shape {pool.shape}, (200, 25, 25) was expected'
         )
+    return pool
+
+
+def load_patches(split: str, seed: int) -> Patches:
+    """Read the LFW patches and keep those that the seed deals to a split."""
+    pool = patch_pool()
     faces, others = pool[:100], pool[100:]
     # A flat patch is no temptation for a detector, and a black corner is
     # what lies outside the photograph that the patch was cut from.
