@@ -126,7 +126,7 @@ def check_data(cfg: Config, *phases: str) -> None:
         if host and host.check_train:
             try:
                 resolve_name(host.check_train)(cfg)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise StartError(f'config {cfg.filename}: {error}') from error
     if host and host.check_datasets:
         _check_samples(cfg, phases, resolve_name(host.check_datasets))
@@ -148,7 +148,7 @@ def _check_samples(
         training = phase == 'train' and len(here) == len(leaves)
         try:
             check_datasets(here, say, part, training)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise StartError(
                 f'config {cfg.filename}: {phase}_dataloader: {error}'
             ) from error

@@ -43,9 +43,9 @@ class Host:
             start, given the configs of the data sets of a loader, what tells
             the user a line, the slice of the samples that is this process's
             to read, and whether these are all that a model is to learn from.
-            Raises ValueError at the first that is wrong.
+            Raises ValueError or OSError at the first that is wrong.
         check_train: 'module:name' of what looks at the config of a training.
-            Raises ValueError if it would learn something wrong.
+            Raises ValueError or OSError if it would learn something wrong.
         check_test_cfg: 'module:name' of what looks at ``model.test_cfg``.
             Raises ValueError if anything of ours in it is wrong.
         tile: Has pictures taken tile by tile, given the config, the configs
