@@ -35,8 +35,7 @@ MAY_IMPORT = {
     'classification': BLOCK,
     'faces': BLOCK,
     'segmentation': BLOCK,
-    'engine': BLOCK
-    | {'classification', 'detection', 'faces', 'segmentation'},
+    'engine': BLOCK | {'classification', 'detection', 'faces', 'segmentation'},
 }
 # What a room may import from elsewhere, beside the standard library, where
 # that is not left to it.

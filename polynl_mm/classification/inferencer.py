@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.infer import BaseInferencer
 from mmengine.structures import BaseDataElement
+from torch import nn
 
 # The shorter side of a drawing in pixels, so that text is readable.
 _LEAST_SIDE = 384
@@ -24,6 +25,13 @@ class ClsInferencer(BaseInferencer):
     """
 
     visualize_kwargs = {'out_dir', 'top'}
+
+    def _load_weights_to_model(
+        self, model: nn.Module, checkpoint: dict | None, cfg: Config
+    ) -> None:
+        super()._load_weights_to_model(model, checkpoint, cfg)
+        meta = (checkpoint or {}).get('meta') or {}
+        self.classes = (meta.get('dataset_meta') or {}).get('classes')
 
     def _init_pipeline(self, cfg: Config) -> Compose:
         steps = Compose(cfg.test_dataloader.dataset.pipeline)
@@ -76,8 +84,7 @@ class ClsInferencer(BaseInferencer):
 
     def _best(self, sample: BaseDataElement, top: int) -> list:
         scores = sample.pred_scores
-        meta = getattr(self.model, 'dataset_meta', None) or {}
-        classes = meta.get('classes') or range(len(scores))
+        classes = self.classes or range(len(scores))
         best = scores.topk(min(top, len(scores)))
         return [
             (str(classes[i]), value)
