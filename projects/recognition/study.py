@@ -37,7 +37,7 @@ BLOCKS = {
     'NonLocal2d': dict(type='NonLocal2d'),
     'Poly-NL': dict(type='polynl_mm.PolyNL2d'),
 }
-RATES = (0.001, 0.003, 0.01, 0.03)
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 TUNING_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 

@@ -14,6 +14,7 @@ import pytest
 from mini_data import (
     build,
     coco,
+    image_folders,
     lfw,
     pictures,
     sources,
@@ -903,3 +904,56 @@ def test_mini_coco_trains_in_two_processes(
     for metric in ('bbox_mAP', 'segm_mAP'):
         assert f'coco/{metric}: ' in everything
     assert (tmp_path / 'epoch_1.pth').is_file()
+
+
+# ------------------------------------------------------------ image folders
+
+
+@pytest.mark.parametrize(
+    'name, classes, shape',
+    [
+        ('digits', [str(k) for k in range(10)], (8, 8)),
+        ('lfw_patches', ['face', 'other'], (25, 25)),
+    ],
+)
+def test_a_folder_for_each_class(tool, tmp_path, name, classes, shape):
+    args = ['--seed', '3', '--train', '21', '--val', '30']
+    tool.main([name, '--out', str(tmp_path / 'a'), *args])
+    tool.main([name, '--out', str(tmp_path / 'b'), *args])
+    assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
+    stems = {}
+    for split, size in (('train', 21), ('val', 30)):
+        folders = sorted((tmp_path / 'a' / split).iterdir())
+        assert [folder.name for folder in folders] == classes
+        counts = [len([*folder.iterdir()]) for folder in folders]
+        assert sum(counts) == size and max(counts) - min(counts) <= 1
+        files = [*(tmp_path / 'a' / split).glob('*/*.png')]
+        for file in files:
+            picture = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+            assert picture.shape == shape and picture.max() > 50
+        stems[split] = {file.stem for file in files}
+        assert len(stems[split]) == size
+    assert not stems['train'] & stems['val']
+
+
+def test_digits_are_those_of_scikit_learn(tmp_path):
+    data = pytest.importorskip('sklearn.datasets').load_digits()
+    image_folders.digits(tmp_path, 0, dict(train=870, val=870))
+    files = [*tmp_path.glob('*/*/*.png')]
+    assert len(files) == 1740
+    for file in files[::50]:
+        index = int(file.stem)
+        assert data.target[index] == int(file.parent.name)
+        picture = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_allclose(
+            picture, data.images[index] * 255 / 16, atol=0.5
+        )
+
+
+def test_no_more_digits_than_there_are(tmp_path):
+    done = run('digits', '--out', tmp_path / 'x', '--seed', 0, '--val', 880)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        'make_mini_data.py: --val 880: expected 10 to 870, for 10 classes'
+    )
+    assert not (tmp_path / 'x').exists()
