@@ -112,11 +112,14 @@ def test_one_training_step(block):
     model = MODELS.build(cfg.model)
     model.init_weights()
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    # Blocks are not behind zeros, and no statistics are frozen.
+    assert all(unit.norm3.weight.all() for unit in model.backbone.layer3)
+    assert all(part.training for part in model.train().modules())
     samples = [BaseDataElement(gt_label=i) for i in (0, 999)]
     images = torch.randn(2, 3, 64, 64)
-    loss = model.train()(images, samples, mode='loss')['loss']
+    loss = model(images, samples, mode='loss')['loss']
     # Nothing is known yet: as by chance, ln 1000.
-    assert 6 < float(loss) < 8
+    assert 6 < loss.item() < 8
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     for path in where:
