@@ -220,7 +220,9 @@ def on_tokens(args) -> None:
     with contextlib.ExitStack() as stack:
         pool = None
         if not args.no_memory:
-            pool = stack.enter_context(timing.one_process_each(args.device))
+            pool = stack.enter_context(
+                timing.one_process_each(args.device, 'mmcv.cnn.bricks')
+            )
         for c in args.channels:
             before = []
             for n in sorted(args.positions):
