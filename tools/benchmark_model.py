@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Cost of whole models of mmdet and mmseg, side by side.
+"""Cost of whole models, side by side.
 
     python tools/benchmark_model.py CONFIG ... --shape H W --json out.json
 
@@ -69,7 +69,7 @@ def parse_args():
         'configs',
         nargs='+',
         metavar='CONFIG',
-        help='config files of mmdet or mmseg; the first is the unit',
+        help='config files; the first is the unit',
     )
     parser.add_argument(
         '--shape',

@@ -309,6 +309,14 @@ def sum_of(losses):
     return sum(loss.item() for loss in losses)
 
 
+def test_a_classifier(quiet_and_quick):
+    name = 'configs/mini/resnet18-polynl_mini-digits.py'
+    found = model.Contender(str(TOOLS.parent / name), [32, 32], 'cpu')
+    # Batch statistics of one picture are those of its positions.
+    found.call('training')()
+    assert found.call('forward')().shape == (1, 10)
+
+
 def test_refuses(refuse, here):
     shape = ('--shape', 16, 16)
     assert refuse('none.py', *shape) == (

@@ -1,4 +1,4 @@
-"""Whole models of mmdet and mmseg as contenders, and what each costs."""
+"""Whole models as contenders, and what each costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from mmcv.cnn import fuse_conv_bn
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import InstanceData, PixelData
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 
 from polynl_mm import fuse_poly_nl
@@ -52,11 +52,11 @@ class Contender:
         whole (nn.Module): The model, with weights drawn at random.
         model (nn.Module): It or a changed copy of it, see :meth:`call`.
         picture (Tensor): (1, 3, H, W), standard normal.
-        sample (DetDataSample | SegDataSample): As its pipeline packs it.
+        sample (BaseDataElement): As its pipeline packs it.
 
     Raises:
-        StartError: The config can not be read, or has no model of mmdet or
-            mmseg.
+        StartError: The config can not be read, or has no model of mmdet,
+            mmseg or recognition.
     """
 
     def __init__(
@@ -113,7 +113,10 @@ class Contender:
 
     def _samples(self):
         # Some heads put other things in the place of what is in a sample.
-        parts = {k: v.new() for k, v in self.sample.items()}
+        parts = {
+            k: v.new() if isinstance(v, BaseDataElement) else v
+            for k, v in self.sample.items()
+        }
         return [self.sample.new(**parts)]
 
     def call(self, mode: str):
@@ -213,7 +216,16 @@ def segmentation_sample(h: int, w: int):
     )
 
 
-SAMPLES = dict(mmdet=detection_sample, mmseg=segmentation_sample)
+def classification_sample(h: int, w: int):
+    """The first class."""
+    return BaseDataElement(metainfo=meta(h, w), gt_label=0)
+
+
+SAMPLES = dict(
+    mmdet=detection_sample,
+    mmseg=segmentation_sample,
+    polynl_mm=classification_sample,
+)
 
 
 def peak_memory(
