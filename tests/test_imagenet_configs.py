@@ -1,6 +1,7 @@
 """Every ImageNet config: where its blocks are, the rest, one training step."""
 
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def ours(name):
     return Config.fromfile(CONFIGS / f'{name}.py')
 
 
+@cache
 def on_meta(name):
     with torch.device('meta'):
         return MODELS.build(ours(name).model)
