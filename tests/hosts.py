@@ -131,7 +131,7 @@ HOSTS = {
         },
     ),
 }
-# mmpretrain brings ConvNeXt; neither mmdet nor mmseg has it.
+# ConvNeXt is mmpretrain's, see test_classification/test_mmpretrain.py.
 
 
 def build(cfg, blocks=None, scope='mmdet'):
