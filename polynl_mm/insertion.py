@@ -12,9 +12,6 @@ import copy
 import inspect
 import warnings
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from functools import partial
 from itertools import chain
 
 import torch
@@ -24,6 +21,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .hosting import (
+    added_last,
+    build_host,
+    initialise_within,
+    matching_paths,
+)
 from .registry import MODELS
 from .samples import tell_layers
 
@@ -33,7 +36,7 @@ _ENTRY_KEYS = ('after', 'cfg', 'item')
 
 
 @MODELS.register_module()
-def Insert(into: str, blocks: list[dict], **host) -> nn.Module:
+def Insert(into: str | dict, blocks: list[dict], **host) -> nn.Module:
     """Build a host and insert blocks; the host itself is returned.
 
     Every key but ``into`` and ``blocks`` is the host's own, so over a base of
@@ -51,14 +54,16 @@ def Insert(into: str, blocks: list[dict], **host) -> nn.Module:
 
     Args:
         into: Type of the host, as it would stand in ``type``: ``'ResNet'`` is
-            that of the default scope, ``'mmdet.ResNet'`` mmdet's in any.
+            that of the default scope, ``'mmdet.ResNet'`` mmdet's in any; or
+            a config of what changes the host otherwise, see
+            :func:`polynl_mm.Replace`.
         blocks: What to insert where, see :func:`insert_blocks`.
         **host: All keys of the host.
 
     Raises:
         ValueError: As :func:`insert_blocks`.
     """
-    return insert_blocks(root.MODELS.build(dict(host, type=into)), blocks)
+    return insert_blocks(build_host(into, host), blocks)
 
 
 def insert_blocks(model: nn.Module, blocks: list[dict]) -> nn.Module:
@@ -148,7 +153,7 @@ def insert_blocks(model: nn.Module, blocks: list[dict]) -> nn.Module:
         module.register_forward_hook(hook, with_kwargs=True)
     tell_layers(model)
     _warn_of_frozen(model, [hook for *_, hook in built])
-    model.init_weights = partial(_init_weights, model)
+    initialise_within(model, _around_init)
     return model
 
 
@@ -226,21 +231,7 @@ def _paths(index: int, entry: dict, names: dict) -> list[str]:
             'may have a postfix (a number, or text without a dot), and item '
             'a number'
         )
-    parts = entry['after'].split('.')
-    matched = [
-        path
-        for path in names
-        # '*' is no pattern for the model itself, whose path is ''.
-        if bool(path) == bool(entry['after'])
-        and path.count('.') == len(parts) - 1
-        and all(map(fnmatchcase, path.split('.'), parts))
-    ]
-    if not matched:
-        near = get_close_matches(entry['after'], names, n=5, cutoff=0.3)
-        raise ValueError(
-            f'{where}: no module {entry["after"]!r} in {_type(names[""])}; '
-            f'nearest: {near}'
-        )
+    matched = matching_paths(where, after, names)
     ends = {}
     for path in matched:
         end = _end(path, names)
@@ -597,45 +588,10 @@ def _hooks(model: nn.Module):
                 yield module, hook
 
 
-def _init_weights(model: nn.Module) -> None:
-    """Let the host initialise itself, then the blocks, unless loaded.
-
-    Hosts initialise by kind of layer, whatever the layer is part of, and call
-    the ``init_weights`` of their children only; a block may sit deeper. But
-    where a host's checkpoint has the block's parameters, they stay.
-    """
-    first = not getattr(model, 'is_init', False)
-    loaded, handles = set(), []
+def _around_init(model: nn.Module):
+    """See :func:`polynl_mm.hosting.initialise_within`."""
     blocks = [getattr(module, hook.name) for module, hook in _hooks(model)]
-    for block in blocks:
-
-        def note(module, state_dict, prefix, *_):
-            if any(key.startswith(prefix) for key in state_dict):
-                loaded.add(module)
-
-        # Public in newer torch only.
-        register = block._register_load_state_dict_pre_hook
-        handles.append(register(note, with_module=True))
-    try:
-        if hasattr(type(model), 'init_weights'):
-            type(model).init_weights(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for block in blocks:
-        if first and block not in loaded:
-            _init_block(block)
-
-
-def _init_block(block: nn.Module) -> None:
-    for module in block.modules():
-        # mmengine's modules initialise themselves once only.
-        if hasattr(module, '_is_init'):
-            module._is_init = False
-    for name in ('init_weights', 'reset_parameters'):
-        if hasattr(block, name):
-            getattr(block, name)()
-            return
+    return added_last(model, {b: tuple(b.state_dict()) for b in blocks})
 
 
 def _warn_of_frozen(model: nn.Module, hooks: list) -> None:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / 'polynl_mm'
 
 LAYER = {'ops', 'padding', 'layers', 'attention', 'registry'}
 BLOCK = LAYER | {'context', 'samples', 'plugins', 'insertion', 'fusion'}
-BLOCK |= {'limits', 'loading'}
+BLOCK |= {'limits', 'loading', 'hosting'}
 # Which other rooms each may import. One task never imports another.
 MAY_IMPORT = {
     'limits': set(),
@@ -29,7 +29,8 @@ MAY_IMPORT = {
     'plugins': {'layers'},
     'loading': {'limits', 'registry'},
     'squeeze_excitation': {'registry'},
-    'insertion': LAYER | {'samples'},
+    'hosting': set(),
+    'insertion': LAYER | {'hosting', 'samples'},
     'fusion': LAYER | {'insertion', 'plugins'},
     'detection': BLOCK,
     'classification': BLOCK,
