@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from .insertion import inserted_after, moved_norm, norms_of_convs
+from .insertion import hand_on, inserted_after, moved_norm, norms_of_convs
 from .layers import InContext, PolyNL, StateDictMismatch
 from .ops import (
     Conv,
@@ -320,15 +320,7 @@ def _fold(site: _Site, conv: _Site, norm: _Site | None) -> None:
     identity = nn.Identity()
     conv.set(identity)
     for before, after in ((layer, fused), (old, identity)):
-        _hand_on(before, after)
-
-
-def _hand_on(before: nn.Module, after: nn.Module) -> None:
-    """Insert the blocks that stand after a module after another instead."""
-    for name in inserted_after(before):
-        after.add_module(name, before._modules[name])
-    for hook in before._forward_hooks.values():
-        after.register_forward_hook(hook, with_kwargs=True)
+        hand_on(before, after)
 
 
 def _as_conv(

@@ -6,6 +6,8 @@ has the last word on the initial values of what was added.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -20,6 +22,8 @@ __all__ = [
     'build_host',
     'initialise_within',
     'matching_paths',
+    'twin_of',
+    'warn_of_frozen',
 ]
 
 
@@ -65,6 +69,33 @@ def matching_paths(
             f'nearest: {near}'
         )
     return matched
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, of which nothing reaches the model."""
+    memo = {id(b): b.detach().to('meta') for b in model.buffers()}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to('meta'), p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def warn_of_frozen(model: nn.Module, added: Mapping[str, str]) -> None:
+    """Warn of what will never learn: hosts freeze in ``train``, long after.
+
+    Args:
+        model: With what was added.
+        added: Path -> what is there, as messages name it.
+    """
+    twin = twin_of(model)
+    twin.train()
+    for path, what in added.items():
+        parameters = list(twin.get_submodule(path).parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            warnings.warn(
+                f'{what} will never learn: {type(model).__name__} freezes '
+                'that part (frozen_stages)',
+                stacklevel=4,
+            )
 
 
 # ------------------------------------------------------------ initial values

@@ -8,7 +8,6 @@ and the class of the host stay what they are.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from .hosting import (
     build_host,
     initialise_within,
     matching_paths,
+    twin_of,
+    warn_of_frozen,
 )
 from .registry import MODELS
 from .samples import tell_layers
@@ -152,7 +153,15 @@ def insert_blocks(model: nn.Module, blocks: list[dict]) -> nn.Module:
         module.add_module(hook.name, block.train(module.training))
         module.register_forward_hook(hook, with_kwargs=True)
     tell_layers(model)
-    _warn_of_frozen(model, [hook for *_, hook in built])
+    warn_of_frozen(
+        model,
+        {
+            f'{hook.path}.{hook.name}'.lstrip('.'): (
+                f'the block {hook.name!r} after {hook.path!r}'
+            )
+            for *_, hook in built
+        },
+    )
     initialise_within(model, _around_init)
     return model
 
@@ -161,6 +170,15 @@ def inserted_after(module: nn.Module) -> list[str]:
     """Names of the blocks inserted after a module, in the order they run."""
     hooks = module._forward_hooks.values()
     return [hook.name for hook in hooks if isinstance(hook, _Hook)]
+
+
+def hand_on(before: nn.Module, after: nn.Module) -> None:
+    """Insert the blocks that stand after a module after another instead."""
+    for name in inserted_after(before):
+        after.add_module(name, before._modules[name])
+    for hook in before._forward_hooks.values():
+        if isinstance(hook, _Hook):
+            after.register_forward_hook(hook, with_kwargs=True)
 
 
 def moved_norm(module: nn.Module) -> str | None:
@@ -284,14 +302,6 @@ def _end(path: str, names: dict) -> str:
 # -------------------------------------------------------------------- what
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, of which nothing reaches the model."""
-    memo = {id(b): b.detach().to('meta') for b in model.buffers()}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().to('meta'), p.requires_grad)
-    return copy.deepcopy(model, memo)
-
-
 def _dry_run(model: nn.Module, paths: set) -> tuple[dict, set]:
     """What modules are given and return when the model sees an image.
 
@@ -303,7 +313,7 @@ def _dry_run(model: nn.Module, paths: set) -> tuple[dict, set]:
         paths that are certainly never called.
     """
     calls = {path: [] for path in paths}
-    twin = _twin(model)
+    twin = twin_of(model)
     # Not chained: the train() of some hosts returns nothing.
     twin.eval()
     for path in paths:
@@ -592,18 +602,3 @@ def _around_init(model: nn.Module):
     """See :func:`polynl_mm.hosting.initialise_within`."""
     blocks = [getattr(module, hook.name) for module, hook in _hooks(model)]
     return added_last(model, {b: tuple(b.state_dict()) for b in blocks})
-
-
-def _warn_of_frozen(model: nn.Module, hooks: list) -> None:
-    """Hosts freeze in ``train``, which comes long after."""
-    twin = _twin(model)
-    twin.train()
-    for hook in hooks:
-        block = getattr(twin.get_submodule(hook.path), hook.name)
-        parameters = list(block.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            warnings.warn(
-                f'the block {hook.name!r} after {hook.path!r} will never '
-                f'learn: {_type(model)} freezes that part (frozen_stages)',
-                stacklevel=3,
-            )
