@@ -22,6 +22,7 @@ _HOME_OF = {
     'insert_blocks': '.insertion',
     'poly_nl': '.ops',
     'poly_sa': '.ops.attention',
+    'replace_attention': '.replacement',
     'shared_context': '.context',
 }
 

@@ -17,6 +17,7 @@ from .layers import PolyNL1d, PolyNL2d, PolyNL3d
 # a module bound to a host may be listed only where that host is installed.
 _HOST_OF = {
     'polynl_mm.insertion': 'mmengine',
+    'polynl_mm.replacement': 'mmengine',
     # No type is in these: any look-up has layers know the sizes of pictures,
     # and refuses those that a host would lose.
     'polynl_mm.samples': 'mmengine',

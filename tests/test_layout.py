@@ -15,7 +15,7 @@ PACKAGE = ROOT / 'polynl_mm'
 
 LAYER = {'ops', 'padding', 'layers', 'attention', 'registry'}
 BLOCK = LAYER | {'context', 'samples', 'plugins', 'insertion', 'fusion'}
-BLOCK |= {'limits', 'loading', 'hosting'}
+BLOCK |= {'limits', 'loading', 'hosting', 'replacement'}
 # Which other rooms each may import. One task never imports another.
 MAY_IMPORT = {
     'limits': set(),
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     'squeeze_excitation': {'registry'},
     'hosting': set(),
     'insertion': LAYER | {'hosting', 'samples'},
+    'replacement': LAYER | {'hosting', 'insertion', 'samples'},
     'fusion': LAYER | {'insertion', 'plugins'},
     'detection': BLOCK,
     'classification': BLOCK,
