@@ -25,5 +25,20 @@ model = dict(
     neck=dict(in_channels=[16, 32, 64, 128]),
 )
 optim_wrapper = dict(
+    optimizer=dict(lr=0.003),
     paramwise_cfg=dict(_delete_=True, norm_decay_mult=0, bias_decay_mult=0),
 )
+max_epochs = 4
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        T_max=max_epochs,
+        eta_min_ratio=0.01,
+        by_epoch=True,
+        begin=0,
+        end=max_epochs,
+        convert_to_iter_based=True,
+    ),
+]

@@ -17,7 +17,7 @@ model = dict(
         ],
         embed_dims=16,
         num_stages=3,
-        num_layers=[2, 2, 2],
+        num_layers=[1, 2, 2],
         num_heads=[1, 2, 4],
         patch_sizes=[7, 3, 3],
         strides=[4, 2, 2],
@@ -42,3 +42,16 @@ optim_wrapper = dict(
     optimizer=dict(lr=0.003),
     paramwise_cfg=dict(_delete_=True, norm_decay_mult=0, bias_decay_mult=0),
 )
+max_iters = 400
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=30),
+    dict(
+        type='CosineAnnealingLR',
+        T_max=max_iters,
+        eta_min_ratio=0.01,
+        by_epoch=False,
+        begin=0,
+        end=max_iters,
+    ),
+]
