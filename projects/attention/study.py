@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument('--tasks', nargs='+', default=[*TASKS], choices=TASKS)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument(
-        '--rates', nargs='+', type=float, default=[0.001, 0.003, 0.009]
+        '--rates', nargs='+', type=float, default=[0.002, 0.006]
     )
     args = parser.parse_args()
     study = Study(args)
