@@ -95,8 +95,8 @@ def replace_attention(model: nn.Module, attention: list[dict]) -> nn.Module:
     Gone are the softmax with its scale (``qk_scale``) and dropout, biases by
     relative position, and spatial reduction with its norm. Loading a
     checkpoint of the host is no error: it leaves these out, keeps what is new
-    at its initial values, and says so in one line. No two of a host's
-    attention give the same: a model is to be trained afterwards.
+    at its initial values, and says so in one line. Afterwards the model is
+    another function, to be trained.
 
     Args:
         model: Changed in place, before it is trained or on its device.
@@ -190,6 +190,8 @@ def _made(where: str, path: str, cfg: dict, names: dict) -> nn.Module:
     """What comes in the place of an attention."""
     host = names[path]
     adapter = _adapter_of(host)
+    if isinstance(host, _Placed):
+        raise ValueError(f'{where}: {path!r} is Poly-SA already')
     if adapter is None:
         kinds = sorted({name.rpartition('.')[2] for name in _KNOWN})
         within = [
@@ -207,9 +209,10 @@ def _made(where: str, path: str, cfg: dict, names: dict) -> nn.Module:
     try:
         told = adapter.told(host, owners)
         for key, value in told.items():
-            if key in cfg and cfg[key] != value:
+            given = cfg.get(key, value)
+            if (tuple(given) if isinstance(given, list) else given) != value:
                 raise ValueError(
-                    f'{key}={cfg[key]!r}, but the host has {value!r} there; '
+                    f'{key}={given!r}, but the host has {value!r} there; '
                     'it may be left out'
                 )
         if cfg.get('pooling') != 'learnt':

@@ -21,6 +21,8 @@ from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
+from polynl_mm.attention import PolySA  # noqa: E402
+
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'coco'
 NAMES = sorted(path.stem for path in CONFIGS.glob('*.py'))
 
@@ -102,6 +104,18 @@ CASES.update(
     }
 )
 FIRST = 'mask-rcnn_r50-polynl-res4_fpn_1x_coco'
+# Poly-SA in the place of attention: config -> (mmdet's own, how many, parts of
+# the host's keys that go).
+POLY_SA = {
+    'mask-rcnn_swin-t-p4-w7-polysa_fpn_1x_coco': (
+        'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco',
+        *(12, ['.attn.w_msa.relative_position_']),
+    ),
+    'retinanet_pvtv2-b0-polysa_fpn_1x_coco': (
+        'pvt/retinanet_pvtv2-b0_fpn_1x_coco',
+        *(8, ['.attn.sr.', '.attn.norm.']),
+    ),
+}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -124,7 +138,7 @@ def theirs(name):
 
 
 def test_all_are_here():
-    assert set(NAMES) == CASES.keys()
+    assert set(NAMES) == CASES.keys() | POLY_SA.keys()
 
 
 # ------------------------------------------------------------------ settings
@@ -138,6 +152,9 @@ def without_blocks(part):
     part.pop('plugins', None)
     if part.get('type') == 'polynl_mm.Insert':
         assert part.pop('blocks')
+        part['type'] = part.pop('into')
+    if part.get('type') == 'polynl_mm.Replace':
+        assert part.pop('attention')
         part['type'] = part.pop('into')
     return part
 
@@ -185,7 +202,7 @@ def assert_adds_only_blocks(cfg, host):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_adds_only_blocks(name):
-    assert_adds_only_blocks(ours(name), theirs(CASES[name][0]))
+    assert_adds_only_blocks(ours(name), theirs({**CASES, **POLY_SA}[name][0]))
 
 
 def test_rivals_are_set_as_in_mmdet():
@@ -216,12 +233,17 @@ def test_rivals_are_set_as_in_mmdet():
 # --------------------------------------------------------------------- models
 
 
-@pytest.fixture(scope='module', params=NAMES)
-def built(request):
-    """(config, model), each built once; random weights, no download."""
+def build(name):
+    """(config, model); random weights, no download."""
     torch.manual_seed(0)
-    cfg = ours(request.param)
+    cfg = ours(name)
     return cfg, revert_sync_batchnorm(MODELS.build(deepcopy(cfg.model)))
+
+
+@pytest.fixture(scope='module', params=CASES)
+def built(request):
+    """Each once."""
+    return build(request.param)
 
 
 @pytest.fixture
@@ -289,8 +311,8 @@ def a_batch(size=64):
     return torch.randn(1, 3, size, size, generator=generator), [sample]
 
 
-def test_one_training_step(built, case):
-    (cfg, model), (_, block, _) = built, case
+def backward_of_a_step(cfg, model):
+    """The optimiser's wrapper, with all gradients there."""
     for name, part in model.named_children():
         # The backbone's would download.
         if name not in ('backbone', 'data_preprocessor'):
@@ -304,13 +326,23 @@ def test_one_training_step(built, case):
     loss, losses = model.parse_losses(model(*a_batch(), mode='loss'))
     loss.backward()
     print({key: round(float(value), 3) for key, value in losses.items()})
-    assert {'loss_cls', 'loss_mask'} <= {key.split('.')[-1] for key in losses}
+    names = {'loss_cls'} if 'retina' in str(cfg.filename) else {'loss_mask'}
+    assert names <= {key.split('.')[-1] for key in losses}
     for key, value in losses.items():
         assert 0 < float(value) < 100 or key.endswith('acc'), key
     # Several processes stop at a parameter that takes no part.
+    assert not [
+        key
+        for key, p in model.named_parameters()
+        if p.requires_grad and p.grad is None
+    ]
+    return wrapper
+
+
+def test_one_training_step(built, case):
+    (cfg, model), (_, block, _) = built, case
+    wrapper = backward_of_a_step(cfg, model)
     parameters = dict(model.named_parameters())
-    learning = {k: p for k, p in parameters.items() if p.requires_grad}
-    assert not [key for key, p in learning.items() if p.grad is None]
     firsts = [
         f'{path}.{FIRST_TO_LEARN[block]}' for path in blocks_of(model, block)
     ]
@@ -325,6 +357,33 @@ def test_one_training_step(built, case):
         assert (parameters[key] != old).any(), key
 
 
+@pytest.mark.parametrize('name', POLY_SA)
+def test_poly_sa_in_the_place_of_attention(name):
+    """Where it is, what of mmdet's checkpoints fits, and one step."""
+    cfg, model = build(name)
+    host, count, gone = POLY_SA[name]
+    cores = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, PolySA)
+    }
+    assert len(cores) == count
+    plain = MODELS.build(theirs(host).model).state_dict()
+    state = model.state_dict()
+    new = {f'{p}.norm.{key}' for p in cores for key in ('weight', 'bias')}
+    assert {k: v.shape for k, v in state.items() if k not in new} == {
+        key: value.shape
+        for key, value in plain.items()
+        if not any(part in key for part in gone)
+    }
+    backward_of_a_step(cfg, model).optimizer.step()
+    for key, p in model.named_parameters():
+        if key.startswith(tuple(cores)):
+            assert p.requires_grad and p.grad.isfinite().all(), key
+            assert p.grad.any(), key
+    assert_parameters_in_readme(cfg, model)
+
+
 # --------------------------------------------------------------------- README
 
 README = (CONFIGS / 'README.md').read_text()
@@ -337,11 +396,14 @@ def rows(text):
     return {first.strip('`'): rest for first, *rest in cells}
 
 
-def test_parameters_in_readme(built):
-    cfg, model = built
+def assert_parameters_in_readme(cfg, model):
     count = sum(p.numel() for p in model.parameters())
     row = rows(README)[Path(cfg.filename).stem]
     assert row[0] == f'{count / 1e6:.2f}'
+
+
+def test_parameters_in_readme(built):
+    assert_parameters_in_readme(*built)
 
 
 def variant(name, of):

@@ -265,6 +265,8 @@ def test_copies_and_pickles():
     model = evaluated(randomize(with_poly_sa('MiT')))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin.init_weights()
+        # As the model itself takes it.
+        twin.load_state_dict(plain_host('MiT').state_dict())
         twin.load_state_dict(model.state_dict())
         with torch.no_grad():
             for y, z in zip(twin(picture()), model(picture())):
@@ -628,6 +630,9 @@ def test_nothing_is_replaced_when_an_entry_is_wrong():
         with pytest.raises(ValueError, match=message):
             replace_attention(model, [good, bad])
     assert list(model.state_dict()) == before
+    replace_attention(model, [good])
+    with pytest.raises(ValueError, match="blocks.0.attn' is Poly-SA already"):
+        replace_attention(model, [good])
 
 
 def test_mask_of_windows_is_refused():
