@@ -143,7 +143,7 @@ def build(cfg, host: str) -> nn.Module:
             model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
         model = revert_sync_batchnorm(MODELS.build(model_cfg))
         for module in model.modules():
-            if 'Pretrained' in str(getattr(module, 'init_cfg', None)):
+            if 'checkpoint' in str(getattr(module, 'init_cfg', None)):
                 module.init_cfg = None
         model.init_weights()
     return model
