@@ -10,6 +10,8 @@ from torch import Tensor
 
 from polynl_mm.registry import METRICS
 
+TOP = (1, 5)
+
 
 @METRICS.register_module()
 class Accuracy(BaseMetric):
@@ -18,6 +20,8 @@ class Accuracy(BaseMetric):
     A data sample has ``gt_label``, an int, and ``pred_scores``, (K,). What
     counts is the place of the truth among the scores, from 0; of equal
     scores, the lower class comes first, so that no result depends on a sort.
+    (A softmax in float32 makes those equal, namely 0, that are more than 100
+    below the best before it.)
     Places are collected, not means: any split of the samples over processes
     gives the same numbers.
 
@@ -39,7 +43,7 @@ class Accuracy(BaseMetric):
 
     def __init__(
         self,
-        topk: Sequence[int] = (1, 5),
+        topk: Sequence[int] = TOP,
         collect_device: str = 'cpu',
         prefix: str | None = None,
         collect_dir: str | None = None,
@@ -67,10 +71,7 @@ class Accuracy(BaseMetric):
                     f'{path}: class {label} of {count} in the data set, but '
                     f'the model has {len(scores)} (num_classes)'
                 )
-            if max(self.topk) > count:
-                raise ValueError(
-                    f'topk={self.topk}, but there are only {count} classes'
-                )
+            check_topk(self.topk, count)
             if not scores.isfinite().all():
                 raise ValueError(f'{path}: a score is not finite')
             self.results.append(place(scores, label))
@@ -85,6 +86,14 @@ class Accuracy(BaseMetric):
             f'top{k}': 100 * sum(p < k for p in results) / len(results)
             for k in self.topk
         }
+
+
+def check_topk(topk: Sequence[int], count: int) -> None:
+    """Raise ValueError if there are not as many classes."""
+    if max(topk) > count:
+        raise ValueError(
+            f'topk={tuple(topk)}, but there are only {count} classes'
+        )
 
 
 def place(scores: Tensor, label: int) -> int:

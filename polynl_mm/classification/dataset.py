@@ -14,6 +14,7 @@ from mmengine.utils import is_abs
 
 from polynl_mm.registry import DATASETS
 
+from .accuracy import TOP, check_topk
 from .files import read_labels
 
 SUFFIXES = (
@@ -154,7 +155,9 @@ class ImageFolder(BaseDataset):
 
 def _pictures(folder: str) -> tuple[list[str], list[str]]:
     """Give the pictures of a folder, sorted, and the other files."""
-    files = sorted(list_dir_or_file(folder, list_dir=False, recursive=True))
+    found = list_dir_or_file(folder, list_dir=False, recursive=True)
+    # Hidden files are passed over by mmengine, those in hidden folders not.
+    files = sorted(f for f in found if f'{os.sep}.' not in os.sep + f)
     pictures = [f for f in files if f.lower().endswith(SUFFIXES)]
     return pictures, [f for f in files if not f.lower().endswith(SUFFIXES)]
 
@@ -191,7 +194,13 @@ def check_image_folders(
         if data is None:
             continue
         samples, folder = data.data_list, data.data_prefix['img_path']
-        others = _pictures(folder)[1]
+        pictures, others = _pictures(folder)
+        if len(pictures) > len(samples):
+            say(
+                f'warning: {folder} has {len(pictures)} pictures, of which '
+                f'{data.ann_file} names {len(samples)}: the others are '
+                'passed over'
+            )
         if others:
             say(
                 f'warning: {folder} has {len(others)} files that have not '
@@ -236,30 +245,45 @@ def _build(dataset: dict, **kwargs) -> ImageFolder | None:
 
 
 def check_classes(cfg: Config) -> None:
-    """Check that the model has as many classes as its data.
+    """Check that model, data sets and metric mean the same classes.
 
-    A label beyond them is an index error, and on a GPU one without a name; a
-    validation set with fewer has other numbers for the same classes.
+    A label beyond those of the model is an index error, and on a GPU one
+    without a name; other classes in validation have other numbers.
 
     Args:
         cfg: Of a training. Data sets that are no :class:`ImageFolder` are
             passed over, and so are models without ``num_classes``.
 
     Raises:
-        FileNotFoundError, ValueError: As :class:`ImageFolder`, and where the
-            numbers differ.
+        FileNotFoundError, ValueError: As :class:`ImageFolder`; where the
+            numbers or the names differ, or the metric wants more classes
+            than there are.
     """
     expected = (cfg.get('model') or {}).get('num_classes')
+    learnt = None
     for phase in ('train', 'val'):
         loader = cfg.get(f'{phase}_dataloader') or {}
         data = _build(loader.get('dataset') or {}, lazy_init=True)
-        if expected is None or data is None:
+        if data is None:
             continue
-        count = len(data.find_classes())
-        if count != expected:
+        folder = data.data_prefix['img_path']
+        where = f'the data set in {phase}_dataloader, {folder}'
+        classes = tuple(data.find_classes())
+        if expected not in (None, len(classes)):
             raise ValueError(
-                f'model.num_classes={expected}, but the data set in '
-                f'{phase}_dataloader, {data.data_prefix["img_path"]}, has '
-                f'{count} classes; its folders, those of class_folder or '
-                'metainfo.classes tell them'
+                f'model.num_classes={expected}, but {where}, has '
+                f'{len(classes)} classes; its folders, those of class_folder '
+                'or metainfo.classes tell them'
             )
+        learnt = learnt or classes
+        for number, pair in enumerate(zip(learnt, classes)):
+            if pair[0] != pair[1]:
+                raise ValueError(
+                    f'class {number} is {pair[0]} in training, but {pair[1]} '
+                    f'in {where}; class_folder gives it the classes of '
+                    'another folder'
+                )
+        metrics = cfg.get(f'{phase}_evaluator') or []
+        for metric in [metrics] if isinstance(metrics, dict) else metrics:
+            if str(metric.get('type')).endswith('Accuracy'):
+                check_topk(metric.get('topk', TOP), len(classes))

@@ -33,12 +33,13 @@ def read_labels(
     - ``name index`` in each line, as ``meta/val.txt`` of many toolboxes: the
       index of the class among the sorted folder names, from 0.
     - ``ILSVRC2012_validation_ground_truth.txt`` of the official development
-      kit: an ILSVRC2012_ID in each line, of the sorted pictures.
+      kit: an ILSVRC2012_ID in each line, of the pictures sorted by their
+      names, whatever folders they are in.
 
     Args:
         path: The file.
         classes: Names of the class folders (WordNet ids), in their order.
-        pictures: Names in the picture folder, sorted, for the second form.
+        pictures: Paths in the picture folder, for the second form.
         meta: ``meta.mat`` of the development kit, for the second form.
 
     Raises:
@@ -61,8 +62,8 @@ def read_labels(
         return _devkit_labels(path, lines, classes, pictures, meta)
     labels, seen = [], {}
     for number, line in lines:
-        name, _, index = line.rpartition(' ')
-        name = name.strip()
+        *name, index = line.rsplit(None, 1)
+        name = ''.join(name)
         if not (name and _INTEGER.fullmatch(index)) or '\ufffd' in line:
             raise _broken(path, number, line, _NAMED)
         if int(index) >= len(classes):
@@ -88,6 +89,7 @@ def _devkit_labels(path, lines, classes, pictures, meta) -> list[Label]:
         )
     synsets, index = read_synsets(meta), {k: i for i, k in enumerate(classes)}
     labels = []
+    pictures = sorted(pictures, key=os.path.basename)
     for (number, line), picture in zip(lines, pictures):
         synset = synsets.get(int(line)) if _INTEGER.fullmatch(line) else None
         if synset is None:

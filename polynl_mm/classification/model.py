@@ -138,7 +138,8 @@ class Classifier(BaseModel):
         found = scores(inputs).float().softmax(1)
         samples = data_samples or [BaseDataElement() for _ in found]
         for sample, each in zip(samples, found):
-            sample.pred_scores = each
+            # Not a view, which would be saved with all of its batch.
+            sample.pred_scores = each.clone()
         return samples
 
     def _scores(self, inputs: Tensor) -> Tensor:

@@ -58,6 +58,8 @@ def test_scores_and_predictions():
     for sample, row in zip(model(x, samples, mode='predict'), scores):
         e = row.exp()
         torch.testing.assert_close(sample.pred_scores, e / e.sum())
+        # Saved, it takes no more than that.
+        assert sample.pred_scores.untyped_storage().nbytes() == 4 * len(e)
     assert [s.gt_label for s in samples] == [0, 1, 2, 3, 0]
     assert len(model(x, mode='predict')) == 5
     with pytest.raises(ValueError, match="mode must be 'tensor', .* 'fit'"):

@@ -1,5 +1,7 @@
 """Pictures in folders: samples, classes, and what is wrong by name."""
 
+import shutil
+
 import pytest
 
 pytest.importorskip('mmcv')
@@ -43,7 +45,9 @@ def test_folders_are_the_classes(folders):
     # At any depth; hidden ones and other files are none.
     (folders / 'train/b/deeper').mkdir()
     (folders / 'train/b/b1.png').rename(folders / 'train/b/deeper/b1.PNG')
-    (folders / 'train/.hidden').mkdir()
+    for hidden in ('train/.hidden', 'train/a/.ipynb_checkpoints'):
+        (folders / hidden).mkdir()
+        shutil.copy(folders / 'train/a/a0.png', folders / hidden)
     (folders / 'train/a/notes.txt').write_text('none')
     data = DATASETS.build(settings(folders))
     assert data.metainfo['classes'] == ('a', 'b', 'c')
@@ -87,6 +91,20 @@ def test_labels_of_the_development_kit(flat):
         label for _, label in samples(flat, 'val', **kwargs,
                                       meta_file='other.mat')
     ]  # fmt: skip
+
+
+def test_labels_of_the_development_kit_are_by_name(folders):
+    """Where val was sorted into folders, whose order is another."""
+    for old, new in (('a/a0', 'a/v2'), ('b/b0', 'b/v0'), ('c/c0', 'c/v1')):
+        (folders / f'val/{old}.png').rename(folders / f'val/{new}.png')
+    for rest in ('a/a1', 'b/b1', 'b/b2', 'c/c1'):
+        (folders / f'val/{rest}.png').unlink()
+    save_meta(folders / 'meta.mat', ((1, 'c'), (2, 'a'), (3, 'b')))
+    (folders / 'truth.txt').write_text('3\n1\n2\n')
+    kwargs = dict(class_folder='train', ann_file='truth.txt')
+    assert sorted(samples(folders, 'val', **kwargs)) == [
+        *(('v0.png', 1), ('v1.png', 2), ('v2.png', 0)),
+    ]
 
 
 def test_what_is_wrong_has_a_name(folders):
@@ -149,16 +167,35 @@ def test_what_may_be_wrong_is_told(folders):
     ]
 
 
-def test_as_many_classes_as_the_model(folders):
-    def cfg(count, **val):
+def test_pictures_without_a_label_are_told(flat):
+    (flat / 'meta/val.txt').write_text('v0.png\t2\nv1.png 0\nv2.png 1\n')
+    told, kwargs = [], dict(class_folder='train', ann_file='meta/val.txt')
+    check_image_folders([settings(flat, 'val', **kwargs)], told.append)
+    assert told == [
+        f'warning: {flat}/val has 7 pictures, of which {flat}/meta/val.txt '
+        'names 3: the others are passed over'
+    ]
+
+
+def test_the_same_classes_as_in_training(folders):
+    def cfg(count, topk=(1,), **val):
         train = dict(dataset=settings(folders))
         val = dict(dataset=settings(folders, 'val', test_mode=True, **val))
         model = dict(num_classes=count)
+        metric = dict(type='polynl_mm.Accuracy', topk=topk)
         return ConfigDict(
-            model=model, train_dataloader=train, val_dataloader=val
+            model=model,
+            train_dataloader=train,
+            val_dataloader=val,
+            val_evaluator=metric,
         )
 
     check_classes(cfg(3))
+    with pytest.raises(ValueError, match=r'topk=\(1, 5\), but .* only 3 '):
+        check_classes(cfg(3, topk=(1, 5)))
+    message = 'class 0 is a in training, but b in .* val_dataloader, .*/val;'
+    with pytest.raises(ValueError, match=message):
+        check_classes(cfg(3, metainfo=dict(classes=['b', 'a', 'c'])))
     with pytest.raises(ValueError) as caught:
         check_classes(cfg(2))
     assert (
