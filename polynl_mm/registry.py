@@ -30,7 +30,7 @@ _HOST_OF = {
     'polynl_mm.engine.resuming': 'mmengine',
     'polynl_mm.engine.hooks': 'mmengine',
     'polynl_mm.engine.loops': 'mmengine',
-    'polynl_mm.squeeze_excitation': 'mmdet',
+    'polynl_mm.peers': 'mmdet',
     'polynl_mm.classification.dataset': 'mmengine',
     'polynl_mm.classification.transforms': 'mmcv',
     'polynl_mm.classification.model': 'mmengine',

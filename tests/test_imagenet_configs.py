@@ -106,6 +106,21 @@ def test_where_the_blocks_are(name):
     assert page[name][0] == f'{count / 1e6:.2f}'
 
 
+@pytest.mark.parametrize('block', ['polynl', 'gc', 'nl'])
+def test_blocks_begin_as_they_are_alone(block):
+    """Though the host initialises its convolutions, and they are inside."""
+    cfg = ours(f'r50-{block}-c4_{TAIL}').model
+    model = MODELS.build(cfg)
+    model.init_weights()
+    part = model.get_submodule(f'backbone.layer3.2.{BLOCKS[block][1]}')
+    plug = dict(cfg.backbone.plugins[0].cfg, in_channels=1024)
+    alone = MODELS.build(plug)
+    for name, parameter in alone.named_parameters():
+        spread = part.get_parameter(name).std(unbiased=False).item()
+        want = parameter.std(unbiased=False).item()
+        assert spread == pytest.approx(want, rel=0.3), name
+
+
 @pytest.mark.parametrize('block', BLOCKS)
 def test_one_training_step(block):
     name = f'r50-{block}-res4_{TAIL}'

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     'context': {'ops', 'padding', 'layers'},
     'plugins': {'layers'},
     'loading': {'limits', 'registry'},
-    'squeeze_excitation': {'registry'},
+    'peers': {'registry'},
     'hosting': set(),
     'insertion': LAYER | {'hosting', 'samples'},
     'replacement': LAYER | {'hosting', 'insertion', 'samples'},

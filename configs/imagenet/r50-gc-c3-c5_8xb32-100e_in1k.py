@@ -3,7 +3,7 @@ model = dict(
     backbone=dict(
         plugins=[
             dict(
-                cfg=dict(type='ContextBlock', ratio=1.0 / 16),
+                cfg=dict(type='polynl_mm.ContextBlock', ratio=1.0 / 16),
                 stages=(False, True, True, True),
                 position='after_conv3',
             )

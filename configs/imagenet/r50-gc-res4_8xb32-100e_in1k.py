@@ -4,7 +4,10 @@ model = dict(
         type='polynl_mm.Insert',
         into='mmdet.ResNet',
         blocks=[
-            dict(after='layer3', cfg=dict(type='ContextBlock', ratio=1.0 / 16))
+            dict(
+                after='layer3',
+                cfg=dict(type='polynl_mm.ContextBlock', ratio=1.0 / 16),
+            )
         ],
     )
 )
