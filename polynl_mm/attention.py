@@ -52,7 +52,7 @@ class PolySA(InContext, nn.Module):
         form (str): ``'auto'``, ``'direct'`` or ``'gram'``, see
             :func:`polynl_mm.ops.attention.poly_sa`. Where ``qkv`` or ``proj``
             are more than their weights (adapters, hooks), they are called,
-            whatever the form.
+            whatever the form; the norm of the gate never is.
 
     Attributes:
         around (callable, optional): See :class:`InContext`.
@@ -145,6 +145,13 @@ class PolySA(InContext, nn.Module):
             raise ValueError(
                 "form='gram' is for pooling='mean': with learnt vectors there "
                 'is the direct form only'
+            )
+        old = self.resize_on_load
+        if not isinstance(old, bool) and math.prod(old) + extra == num_tokens:
+            raise ValueError(
+                f'resize_on_load={tuple(old)} has as many positions as '
+                f'num_tokens={num_tokens}: a state dict would not tell which '
+                'of the two it is for'
             )
         shape = self.num_heads, num_tokens
         self.p1, self.p2 = (nn.Parameter(torch.empty(shape)) for _ in '12')

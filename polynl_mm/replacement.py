@@ -518,6 +518,12 @@ class _Multihead(_Shell):
                     '(cross-attention), which Poly-SA is not; leave it out '
                     'of at'
                 )
+        # Hosts hand on much that is for other attention. No mask is ignored.
+        for name, given in kwargs.items():
+            if ('mask' in name or 'causal' in name) and (
+                given is not None and given is not False
+            ):
+                raise ValueError(f'{name} is no mask that Poly-SA knows')
         if key_pos is None:
             key_pos = query_pos
         return self.added(

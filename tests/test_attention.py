@@ -443,6 +443,10 @@ def test_what_is_of_a_whole_image_is_not_shared(options, message):
         (dict(pooling='max'), "pooling must be .*'max'"),
         (dict(num_tokens=9), "num_tokens.*pooling='learnt'.*any number"),
         (dict(resize_on_load=True), "resize_on_load are .*pooling='learnt'"),
+        (
+            {**LEARNT, 'resize_on_load': (1, LEARNT['num_tokens'] - 1)},
+            'has as many positions as num_tokens',
+        ),
         (dict(LEARNT, num_tokens=None), "wants num_tokens.*got None.*'mean'"),
         (dict(LEARNT, num_tokens=1), 'more than num_extra_tokens=1, got 1'),
         (dict(LEARNT, grid=(3, 3)), r'grid=\(3, 3\) .*10 tokens, .*=13'),

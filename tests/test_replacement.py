@@ -556,6 +556,9 @@ def test_attention_to_others_is_refused():
     pairs = torch.zeros(5, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match='attn_mask'):
         model.decoder(x, x, x, x, x, self_attn_mask=pairs)
+    with pytest.raises(ValueError, match='is_causal is no mask'):
+        model.decoder.self_attn(x, is_causal=True)
+    model.decoder.self_attn(x, is_causal=False, reference_points=x)
 
 
 # ----------------------------------------------------------------- bad input
