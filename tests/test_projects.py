@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -15,8 +16,10 @@ pytest.importorskip('mmcv')
 pytest.importorskip('matplotlib')
 
 from benchmarks.timing import flops  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
 
 from polynl_mm import PolyNL2d  # noqa: E402
+from polynl_mm.padding import Pictures, pictures_in  # noqa: E402
 
 SCALING = Path(__file__).parents[1] / 'projects' / 'scaling' / 'scaling.py'
 
@@ -326,3 +329,62 @@ def test_the_table_of_recognition(recognition):
     # Student's t of 4 degrees of freedom is 2.776, times sqrt(2.5 / 5).
     row = '| Poly-NL | 0.003 | 92.0 ± 2.0 | 90.0, 91.0, 92.0, 93.0, 94.0 |'
     assert recognition.told(found).splitlines()[-1] == row
+
+
+# -------------------------------------------------------------------- padding
+
+
+@pytest.fixture
+def padding(monkeypatch):
+    pytest.importorskip('mmdet')
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    file = SCALING.parents[1] / 'padding' / 'study.py'
+    return SimpleNamespace(**runpy.run_path(str(file)))
+
+
+def test_padding_counts_where_it_is_to(padding):
+    layer, x = PolyNL2d(4, beta_init=1.0), torch.randn(1, 4, 6, 8)
+    outside = layer(x)
+    with pictures_in(Pictures((6, 8), [(6, 5)])), torch.no_grad():
+        inside = layer(x)
+        with padding.padding(True):
+            assert layer(x).equal(inside)
+        with padding.padding(False):
+            assert layer(x).equal(outside)
+        assert layer(x).equal(inside)
+    assert (inside - outside).abs().max() > 1e-3
+
+
+def test_neighbours_come_in_three_sizes(padding):
+    cfg = padding.settings(0, 'data', 'work')
+    kinds = [each.type for each in cfg.test_dataloader.dataset.pipeline]
+    assert kinds[1] == 'ResizeByTurns' and 'Resize' not in kinds[2:]
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        resize = padding.ResizeByTurns()
+    image = np.zeros((20, 40, 3), np.uint8)
+    shapes = [
+        resize(dict(img=image, sample_idx=i))['img'].shape[:2]
+        for i in range(4)
+    ]
+    assert shapes == [(14, 28), (20, 40), (28, 56), (14, 28)]
+
+
+def test_the_table_of_padding(padding):
+    cases = {
+        (kind, way, *batch): 0.5 + 0.1 * way
+        for kind in padding.KINDS
+        for way in ((True,) if kind is None else padding.WAYS)
+        for batch in padding.BATCHES
+    }
+    found = [cases, {case: value + 0.01 for case, value in cases.items()}]
+    lines = padding.told(found).splitlines()
+    assert lines[0].endswith('| batch 8 | batch 8, other order | batch 24 |')
+    one = "a picture's own positions"
+    two = 'padding in the mean'
+    assert [line.split(' | ')[:3] for line in lines[2:]] == [
+        [f'| {one}', one, '0.6050 ± 0.0050'],
+        [f'| {one}', two, '0.5050 ± 0.0050'],
+        [f'| {two}', one, '0.6050 ± 0.0050'],
+        [f'| {two}', two, '0.5050 ± 0.0050'],
+        ['| no blocks', '', '0.6050 ± 0.0050'],
+    ]
