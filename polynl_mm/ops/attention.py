@@ -70,7 +70,7 @@ from . import (
     _pooled,
     poly_nl_behind,
 )
-from .choice import BEHIND, choose_for
+from .choice import BEHIND, TOKENS, choose_for
 from .gate import Conv, Params
 from .precision import (
     HALF,
@@ -152,8 +152,9 @@ def poly_sa(
     _check(x, p, num_heads, form, norm, positions)
     features = transposed(x)
     if form == 'auto' and positions is None:
+        forms = BEHIND if has_kernels(x) else TOKENS
         channels, backward = x.shape[2], wants_grad(x, *p)
-        form = choose_for(features, BEHIND, channels, channels, backward).name
+        form = choose_for(features, forms, channels, channels, backward).name
     if positions is None and (form == 'gram' or has_kernels(x)):
         bq = p.wq.new_zeros(len(p.wq)) if p.bq is None else p.bq
         bk = p.wk.new_zeros(len(p.wk)) if p.bk is None else p.bk

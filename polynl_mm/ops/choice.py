@@ -25,6 +25,7 @@ from .precision import (
 __all__ = [
     'BEHIND',
     'ON_X',
+    'TOKENS',
     'Cost',
     'Form',
     'Rate',
@@ -42,15 +43,19 @@ class Form(NamedTuple):
         name: ``'direct'`` or ``'gram'``.
         behind: Whether from the input of the convolution before, H, in place
             of its output, X.
+        tokens: Whether by linear layers, on tokens as they lie, as only the
+            direct form of Poly-SA is.
     """
 
     name: str
     behind: bool = False
+    tokens: bool = False
 
 
 # Where two cost the same, the first is taken.
 ON_X = (Form('gram'), Form('direct'))
 BEHIND = (Form('gram', behind=True), Form('direct', behind=True))
+TOKENS = (Form('gram', behind=True), Form('direct', behind=True, tokens=True))
 
 
 class Cost(NamedTuple):
@@ -101,6 +106,12 @@ def cost(
             products=(5 if backward else 2) * out**2,
             algebra=steps * out**3,
             launches=32 if backward else 11,
+        )
+    elif form.tokens:  # no weights are projected
+        found = Cost(
+            convolutions=steps * 4 * out * c,
+            temporaries=(5 if backward else 1) * out,
+            launches=30 if backward else 10,
         )
     elif form == Form('direct', behind=True):
         found = Cost(
@@ -171,7 +182,8 @@ class Rate(NamedTuple):
 
 # Estimates for two cores of an AMD EPYC: 100e9 multiply-adds a second, 16 of
 # them in the time of a byte, 4 microseconds of Python and torch for an
-# operation. Not fitted; tools/benchmark_layer.py checks what is chosen on X.
+# operation. Not fitted; tools/benchmark_layer.py checks what is chosen on X,
+# and with --attention of tokens.
 _CPU = Rate(10, 10, 10, 160, 4e6)
 # An H100 80GB, torch 2.11, at 8074cc2: eight shapes, forward and backward, by
 # captured graphs; tests/h100.py has them and how far each is from
@@ -226,7 +238,7 @@ def choose(
 
     Args:
         forms (iterable of Form): Those that come into question, :data:`ON_X`,
-            :data:`BEHIND` or both.
+            :data:`BEHIND` or both, or :data:`TOKENS`.
         n (int, optional): Positions per image. None stands for every size:
             the fastest for large ones is taken.
         c, out, backward: As in :func:`cost`.

@@ -22,6 +22,7 @@ from polynl_mm.ops.attention import (
     poly_sa,
     poly_sa_calling,
 )
+from polynl_mm.ops.choice import TOKENS, choose
 
 FORMS = ('direct', 'gram')
 WEIGHTS = ('wq', 'wk', 'wv', 'wo')
@@ -317,7 +318,7 @@ def test_flops(kind):
 def test_auto_takes_what_is_expected_to_be_faster():
     taken = []
     for n in (4, 4096):
-        tensors, call = made('direct', (1, n, 2, 4))
+        tensors, call = made('direct', (1, n, 2, 32))
         with torch.no_grad():
             counts = {
                 form: count_flops(partial(run, tensors, 2, form))[0]
@@ -326,6 +327,15 @@ def test_auto_takes_what_is_expected_to_be_faster():
         auto = counts.pop('auto')
         taken += [form for form, count in counts.items() if count == auto]
     assert taken == ['direct', 'gram']
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_what_is_expected_to_be_faster(backward):
+    """As it was measured, projects/layer_cost/README.md."""
+    taken = [
+        choose(TOKENS, n, 256, 256, backward).name for n in (196, 784, 3136)
+    ]
+    assert taken == ['direct', 'gram', 'gram']
 
 
 # ----------------------------------------------------------------- precision
