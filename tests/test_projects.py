@@ -388,3 +388,26 @@ def test_the_table_of_padding(padding):
         [f'| {two}', two, '0.5050 ± 0.0050'],
         ['| no blocks', '', '0.6050 ± 0.0050'],
     ]
+
+
+# ------------------------------------------------------------------ attention
+
+
+def test_seeds_of_attention_are_of_the_better_rate(tmp_path, monkeypatch):
+    pytest.importorskip('mmdet')
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    file = SCALING.parents[1] / 'attention' / 'study.py'
+    study = runpy.run_path(str(file))
+    values = {(0.002, 0): 3, (0.006, 0): 5, (0.006, 1): 7, (0.006, 2): 9}
+    found = {
+        f'cityscapes | Poly-SA, mean | {rate} | {seed}': dict(
+            value=value, seconds=value, parameters=1234
+        )
+        for (rate, seed), value in values.items()
+    }
+    (tmp_path / 'found.json').write_text(json.dumps(found))
+    args = SimpleNamespace(
+        json=tmp_path / 'found.json', seeds=[0, 1, 2], rates=[0.002, 0.006]
+    )
+    row = study['Study'](args).row('cityscapes', 'Poly-SA, mean')
+    assert row[1:] == ['0.006', '7.0', '5.0 to 9.0', '1,234', '7']

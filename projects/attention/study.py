@@ -83,6 +83,10 @@ def train(task: str, attention: list, rate: float, seed: int, args) -> dict:
     if task == 'coco':
         file = f'{root}annotations/instances_val2017.json'
         cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = file
+    if task == 'cityscapes' and args.iterations:
+        cfg.train_cfg.max_iters = cfg.train_cfg.val_interval = args.iterations
+        cfg.param_scheduler[-1].T_max = args.iterations
+        cfg.param_scheduler[-1].end = args.iterations
     cfg.work_dir = f'{args.work_dir}/{task}'
     cfg.log_level = 'WARNING'
     cfg.default_hooks.checkpoint = None
@@ -146,6 +150,12 @@ def main() -> None:
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument(
         '--rates', nargs='+', type=float, default=[0.002, 0.006]
+    )
+    parser.add_argument(
+        '--iterations',
+        type=int,
+        help='of mini Cityscapes, with a file of figures for each; by default '
+        'those of the config',
     )
     args = parser.parse_args()
     study = Study(args)
