@@ -15,10 +15,11 @@ PACKAGE = ROOT / 'polynl_mm'
 
 LAYER = {'ops', 'padding', 'layers', 'attention', 'registry'}
 BLOCK = LAYER | {'context', 'samples', 'plugins', 'insertion', 'fusion'}
-BLOCK |= {'limits', 'loading', 'hosting', 'replacement'}
+BLOCK |= {'limits', 'loading', 'hosting', 'replacement', 'progress'}
 # Which other rooms each may import. One task never imports another.
 MAY_IMPORT = {
     'limits': set(),
+    'progress': set(),
     'ops': set(),
     'padding': {'ops'},
     'layers': {'ops', 'padding'},

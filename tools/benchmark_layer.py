@@ -235,12 +235,17 @@ def on_tokens(args) -> None:
                 result = dict(machine=timing.machine(args.device), rows=rows)
                 if args.json:
                     Path(args.json).write_text(json.dumps(result, indent=1))
-                print(f'C={c} N={n} done', flush=True)
+                print(f'C={c} N={n} done, {case_of(rows, args)}', flush=True)
     for mode in MODES:
         print(f'\n{mode}, time in units of the projections\n')
         print(attention.time_table(rows, mode))
         print(f'\n{mode}, peak of memory in units of the tokens\n')
         print(attention.memory_table(rows, mode))
+
+
+def case_of(rows: list, args) -> str:
+    """Say how many of the cases are done."""
+    return f'{len(rows)} of {len(args.channels) * len(args.positions)}'
 
 
 def measure(args, against: layer.Against | None) -> dict:
@@ -275,7 +280,8 @@ def measure(args, against: layer.Against | None) -> dict:
                     + ', '.join(
                         f'{mode} {layer.relative(row, "auto", mode)[0]:.2f}'
                         for mode in MODES
-                    ),
+                    )
+                    + f' ({case_of(rows, args)})',
                     flush=True,
                 )
     return result

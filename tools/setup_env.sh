@@ -54,7 +54,7 @@ PY
 }
 
 install_mmcv() {
-    local log=$VENV/mmcv-build.log scratch start=$SECONDS last=0 minutes
+    local log=$VENV/mmcv-build.log scratch start=$SECONDS last=0 minutes done left
     scratch=$(mktemp -d)
     say "mmcv $MMCV_VERSION comes as source: $MMCV_FILES C++ files, about" \
         "9 minutes on two cores, seconds if pip built it here before"
@@ -72,8 +72,11 @@ install_mmcv() {
         if ((SECONDS - start - last >= 30)); then
             last=$((SECONDS - start))
             minutes=$((last / 60)).$((last % 60 / 6))
-            say "mmcv: $(find "$scratch" -name '*.o' 2> /dev/null | wc -l)" \
-                "of $MMCV_FILES files compiled, $minutes min"
+            done=$(find "$scratch" -name '*.o' 2> /dev/null | wc -l)
+            left=""
+            ((done == 0)) || left=", about $((
+                last * (MMCV_FILES - done) / done / 60 + 1)) min left"
+            say "mmcv: $done of $MMCV_FILES files compiled, $minutes min$left"
         fi
     done
     local status=0

@@ -15,6 +15,8 @@ from mmengine.registry import DATASETS, TRANSFORMS
 from mmseg.datasets import BaseSegDataset
 from PIL import Image
 
+from polynl_mm.progress import with_estimate
+
 # Those whose size PIL tells from the first bytes.
 _SIZED = ('.png', '.jpg', '.jpeg', '.webp')
 _ORIENTATION = 0x0112
@@ -60,7 +62,7 @@ def check_seg_data(
     found = [_find_labels(dataset, say) for dataset in datasets]
     known = [labels for labels in found if labels is not None]
     for labels in known:
-        labels.read(part)
+        labels.read(part, say)
     if training and len(known) == len(found):
         _check_held(known)
     for labels in known:
@@ -89,11 +91,14 @@ class _Labels:
     def classes(self) -> tuple[str, ...]:
         return self.data.metainfo.get('classes') or ()
 
-    def read(self, part: slice) -> None:
+    def read(self, part: slice, say: Callable[[str], None]) -> None:
+        pairs = self.pairs[part]
         with ThreadPoolExecutor() as pool:
             # In order: the first file that is wrong is named, the rest not
             # read.
-            self.held.update(*pool.map(self.check, self.pairs[part]))
+            held = pool.map(self.check, pairs)
+            for each in with_estimate(held, len(pairs), 'labels', say):
+                self.held |= each
 
     def lacking(self, part: slice) -> str | None:
         """Say which classes none of the labels read holds."""

@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 from benchmarks.timing import table
 from mmengine.config import Config
 from mmengine.runner import Runner
+from tqdm import tqdm
 
 
 def everywhere(at: str, **cfg) -> list:
@@ -108,6 +109,9 @@ class Study:
         self.args = args
         self.path = Path(args.json)
         self.found = {}
+        kinds = sum(len(TASKS[task][2]) for task in args.tasks)
+        count = kinds * (len(args.rates) + len(args.seeds) - 1)
+        self.bar = tqdm(total=count, unit='training', disable=None)
         if self.path.exists():
             self.found = json.loads(self.path.read_text())
 
@@ -119,6 +123,7 @@ class Study:
             self.found[key] = train(task, attention, rate, seed, self.args)
             self.path.write_text(json.dumps(self.found, indent=1))
             print(key, self.found[key], file=sys.stderr, flush=True)
+        self.bar.update()
         return self.found[key]
 
     def row(self, task, name):

@@ -24,6 +24,8 @@ is complete; ``mini_data.json`` in it records the settings. A data set with
 the same settings is left alone, any other non-empty folder is refused.
 """
 
+from tqdm import tqdm
+
 # Raise it with every change that alters the output.
 REVISION = 2
 SPLITS = ('train', 'val')
@@ -31,3 +33,9 @@ SPLITS = ('train', 'val')
 
 class UserError(Exception):
     """What the user can put right; shown as one line."""
+
+
+def numbered(count: int, split: str):
+    """Give the numbers of the pictures of a split, with a progress bar."""
+    # None is quiet where stderr is no terminal.
+    return tqdm(range(count), split, unit='picture', leave=False, disable=None)

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from . import SPLITS, UserError
+from . import SPLITS, UserError, numbered
 from .pictures import write_picture
 from .sources import Photo, load_part
 
@@ -247,7 +247,7 @@ def cityscapes(out: Path, seed: int, sizes: dict) -> None:
             name: [load_part(photo, split) for photo in choices]
             for name, choices in CITY_MATERIALS.items()
         }
-        for index in range(sizes[split]):
+        for index in numbered(sizes[split], split):
             sequence, frame = divmod(index, 2)
             if frame == 0:
                 rng = np.random.default_rng([seed, 1 + number, sequence])

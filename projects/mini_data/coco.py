@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from . import REVISION, SPLITS, UserError
+from . import REVISION, SPLITS, UserError, numbered
 from .pictures import background, free_place, in_patch, look_up, write_picture
 from .sources import PHOTOS, deal, load_photo, package_file
 
@@ -248,7 +248,7 @@ def coco(out: Path, seed: int, sizes: dict) -> None:
         digits = load_digits(split, seed)
         photos = {name: load_photo(name, split) for name in PHOTOS}
         images, annotations = [], []
-        for index in range(sizes[split]):
+        for index in numbered(sizes[split], split):
             # An own generator per picture: more pictures change none.
             rng = np.random.default_rng([seed, 1 + number, index])
             name = list(PHOTOS)[int(rng.integers(len(PHOTOS)))]

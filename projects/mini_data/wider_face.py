@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from . import SPLITS
+from . import SPLITS, numbered
 from .lfw import COVERED, EXAGGERATED, load_patches, patch_landmarks
 from .pictures import background, free_place, stamp, write_picture
 from .sources import PHOTOS, load_photo
@@ -240,7 +240,7 @@ def wider_face(out: Path, seed: int, sizes: dict) -> None:
         patches = load_patches(split, seed)
         photos = {name: load_photo(name, split) for name in PHOTOS}
         events = {}
-        for index in range(sizes[split]):
+        for index in numbered(sizes[split], split):
             # An own generator per picture: more pictures change none.
             rng = np.random.default_rng([seed, 1 + number, index])
             name = list(PHOTOS)[int(rng.integers(len(PHOTOS)))]

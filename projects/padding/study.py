@@ -27,6 +27,7 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
+from tqdm import tqdm
 
 from polynl_mm import layers
 
@@ -154,6 +155,8 @@ def main() -> None:
     args = parser.parse_args()
     kinds = [kind for kind, name in KINDS.items() if name in args.kinds]
     found = []
+    count = len(args.seeds) * len(kinds)
+    bar = tqdm(total=count, unit='training', disable=None)
     for seed in args.seeds:
         found.append({})
         for kind in kinds:
@@ -162,6 +165,7 @@ def main() -> None:
             cases = tested(trained(kind, cfg), ways)
             found[-1].update({(kind, *k): v for k, v in cases.items()})
             print(f'seed {seed}, {KINDS[kind]}:', cases, flush=True)
+            bar.update()
         if args.json:
             rows = [{str(k): v for k, v in each.items()} for each in found]
             Path(args.json).write_text(json.dumps(rows, indent=1))

@@ -25,6 +25,7 @@ from benchmarks.timing import table
 from mmengine.config import Config
 from mmengine.runner import Runner
 from scipy.stats import t
+from tqdm import tqdm
 
 from polynl_mm.classification.dataset import ImageFolder
 
@@ -129,17 +130,21 @@ def main() -> None:
     file = Path(args.json)
     found = json.loads(file.read_text()) if file.exists() else {}
 
+    each = len(RATES) * len(TUNING_SEEDS) + len(SEEDS)
+    bar = tqdm(total=len(BLOCKS) * each, unit='training', disable=None)
+
     def run(phase, block, rate, seed):
         name = f'{phase} {block} {rate} {seed}'
-        if name in found:
-            return
-        cfg, start = settings(args.data_root, block, rate, seed), time.time()
-        if phase == 'tuning':
-            hold_out(cfg, seed)
-        found[name] = accuracy(cfg, name)
-        file.write_text(json.dumps(found, indent=1))
-        seconds = time.time() - start
-        print(name, f'{found[name]:.2f}', f'{seconds:.0f} s', flush=True)
+        if name not in found:
+            start = time.time()
+            cfg = settings(args.data_root, block, rate, seed)
+            if phase == 'tuning':
+                hold_out(cfg, seed)
+            found[name] = accuracy(cfg, name)
+            file.write_text(json.dumps(found, indent=1))
+            seconds = time.time() - start
+            print(name, f'{found[name]:.2f}', f'{seconds:.0f} s', flush=True)
+        bar.update()
 
     for block in BLOCKS:
         for rate in RATES:

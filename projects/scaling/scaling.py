@@ -201,7 +201,11 @@ def measure_layers(args) -> None:
         for c, n in sizes:
             for mode in timing.MODES:
                 cases.append(run_case(c, n, mode, args, pool))
-                print(f'C={c} N={n} {mode}: measured', flush=True)
+                print(
+                    f'C={c} N={n} {mode}: measured, {len(cases)} of '
+                    f'{len(sizes) * len(timing.MODES)}',
+                    flush=True,
+                )
             result = dict(
                 machine=timing.machine(args.device, args.dtype),
                 cases=cases,
@@ -223,8 +227,9 @@ def choice_calls(c: int, n: int, device: str, round_: int) -> dict:
 def measure_choice(args) -> None:
     """Where N is small, into choice.json."""
     cases = []
-    for c in (512, 1024, 2048):
-        for n in (c // 16, c // 8, c // 4, c // 2, c, 2 * c):
+    channels, shares = (512, 1024, 2048), (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
+    for c in channels:
+        for n in (int(c * share) for share in shares):
             times = timing.take_turns(
                 partial(choice_calls, c, n, args.device),
                 args.device,
@@ -238,6 +243,11 @@ def measure_choice(args) -> None:
             better = min('direct', 'gram', key=case.get)
             case['ratio'] = timing.ratio(times['auto'], times[better])
             cases.append(case)
+            print(
+                f'choice: C={c} N={n} measured, {len(cases)} of '
+                f'{len(channels) * len(shares)}',
+                flush=True,
+            )
     (args.out / 'choice.json').write_text(json.dumps(cases, indent=1))
 
 

@@ -29,6 +29,7 @@ import torch
 from benchmarks.timing import table
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner, load_checkpoint
+from tqdm import tqdm
 
 CONFIG = ROOT / 'configs' / 'mini' / 'polynl_r18-d4_mini-cityscapes.py'
 # Pictures are 128 high and 256 wide. Height and width; steps.
@@ -149,7 +150,8 @@ def main() -> None:
     if args.picture:
         draw(runner, args.checkpoints[0], args.picture, args.index)
         return
-    found = [evaluate(runner, path, cases) for path in args.checkpoints]
+    paths = tqdm(args.checkpoints, unit='checkpoint', disable=None)
+    found = [evaluate(runner, path, cases) for path in paths]
     if args.json:
         rows = [{' | '.join(k): v for k, v in each.items()} for each in found]
         Path(args.json).write_text(json.dumps(rows, indent=1))

@@ -58,8 +58,14 @@ def test_turns(monkeypatch):
     assert timing.ratio(times['slow'], times['unit']) == (4, 0)
     assert timing.ratio([1, 2, None, 8], [1, 1, 1, 2]) == (2, 0.75)
     assert timing.seconds([1, 3, None, 5]) == (3, 1)
-    times = timing.take_turns(make_calls, 'cpu', 'unit', turns=4)
+    shown = []
+    times = timing.take_turns(
+        *(make_calls, 'cpu', 'unit'),
+        turns=4,
+        track=lambda turns: (shown.append(t) or t for t in turns),
+    )
     assert [len(t) for t in times.values()] == [4, 4, 4]
+    assert shown == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

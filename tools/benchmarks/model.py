@@ -15,6 +15,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
+from tqdm import tqdm
 
 from polynl_mm import fuse_poly_nl
 from polynl_mm.engine import checks, hosts, start
@@ -23,6 +24,8 @@ from polynl_mm.layers import PolyNL
 from . import timing
 
 OBJECTS = 16
+# A bar with an estimate on a terminal; quiet where stderr is none.
+shown = partial(tqdm, leave=False, disable=None)
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,7 @@ def measure(
         contenders={},
     )
     contenders = {}
-    for variant in variants:
+    for variant in shown(variants, desc='building', unit='model'):
         name = str(variant)
         contender = Contender(variant, shape, device, backbone)
         count = timing.flops(contender.call('forward'))
@@ -292,7 +295,8 @@ def measure(
 
     for mode in modes:
         times = timing.take_turns(
-            partial(make_calls, mode), device, unit, turns
+            *(partial(make_calls, mode), device, unit, turns),
+            track=partial(shown, desc=mode, unit='turn'),
         )
         for name, seconds in times.items():
             case = row['contenders'][name]
@@ -303,8 +307,8 @@ def measure(
         return row
     preload = ('mmdet.models', 'mmseg.models')
     with timing.one_process_each(device, *preload) as pool:
-        for name, contender in contenders.items():
-            variant = contender.variant
+        for name in shown(contenders, desc='peak of memory', unit='model'):
+            variant = contenders[name].variant
             row['contenders'][name]['peak_bytes'] = pool.apply(
                 peak_memory,
                 (variant, shape, variant.able(modes), device, backbone),

@@ -15,6 +15,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def take_turns(
     turns: int = 100,
     seconds: float = math.inf,
     rounds: int = 1,
+    track: Callable[[Iterable], Iterable] = iter,
 ) -> dict:
     """Seconds of each call by turn; None in turns that a slow one sat out.
 
@@ -95,6 +97,8 @@ def take_turns(
         seconds (float): When the unit has taken its share of it, a round
             ends; what takes double that sits out the rest of the round.
         rounds (int): How often everything is allocated anew.
+        track (Callable): Passes the turns of a round on; shows progress, for
+            example.
     """
     share = seconds / rounds
     times = {}
@@ -105,7 +109,7 @@ def take_turns(
                 f()
         spent = dict.fromkeys(calls, 0.0)
         order = list(calls)
-        for turn in range(turns):
+        for turn in track(range(turns)):
             if turn and spent[unit] >= share:
                 break
             # Nobody always follows the same one, which leaves the caches.
