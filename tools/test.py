@@ -15,6 +15,7 @@ from polynl_mm.engine import checks, cli, start
 from polynl_mm.engine.cli import StartError
 from polynl_mm.engine.hooks import PolyNLHook
 from polynl_mm.engine.hosts import host_of
+from polynl_mm.engine.runner import ClassesHook
 
 
 def parse_args():
@@ -135,6 +136,7 @@ def main():
         checks.check_names(pictures, '--out', suffix=False)
     if args.fuse:
         set_fuse(runner)
+    runner.register_hook(ClassesHook())
     if saver:
         runner.test_evaluator.metrics.append(METRICS.build(saver))
     runner.test()

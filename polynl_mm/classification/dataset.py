@@ -12,6 +12,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.fileio import exists, get_local_path, join_path, list_dir_or_file
 from mmengine.utils import is_abs
 
+from polynl_mm.progress import with_estimate
 from polynl_mm.registry import DATASETS
 
 from .accuracy import TOP, check_topk
@@ -221,8 +222,11 @@ def check_image_folders(
             )
         paths = [each['img_path'] for each in samples[part]]
         with ThreadPoolExecutor() as pool:
-            for path, known in zip(paths, pool.map(_is_known, paths)):
-                if not known:
+            known = with_estimate(
+                pool.map(_is_known, paths), len(paths), 'pictures', say
+            )
+            for path, is_known in zip(paths, known):
+                if not is_known:
                     raise ValueError(
                         f'{path}: no picture, expected one that OpenCV '
                         f'reads, got {os.path.getsize(path)} bytes'
@@ -244,15 +248,16 @@ def _build(dataset: dict, **kwargs) -> ImageFolder | None:
         return registry.build(dict(dataset, pipeline=[], **kwargs))
 
 
-def check_classes(cfg: Config) -> None:
+def check_classes(cfg: Config, phases: Iterable[str]) -> None:
     """Check that model, data sets and metric mean the same classes.
 
     A label beyond those of the model is an index error, and on a GPU one
     without a name; other classes in validation have other numbers.
 
     Args:
-        cfg: Of a training. Data sets that are no :class:`ImageFolder` are
-            passed over, and so are models without ``num_classes``.
+        cfg: Of a job. Data sets that are no :class:`ImageFolder` are passed
+            over, and so are models without ``num_classes``.
+        phases: Of the job: 'train', 'val' or 'test'.
 
     Raises:
         FileNotFoundError, ValueError: As :class:`ImageFolder`; where the
@@ -261,7 +266,7 @@ def check_classes(cfg: Config) -> None:
     """
     expected = (cfg.get('model') or {}).get('num_classes')
     learnt = None
-    for phase in ('train', 'val'):
+    for phase in phases:
         loader = cfg.get(f'{phase}_dataloader') or {}
         data = _build(loader.get('dataset') or {}, lazy_init=True)
         if data is None:

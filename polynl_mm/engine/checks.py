@@ -123,11 +123,11 @@ def check_data(cfg: Config, *phases: str) -> None:
     host = HOSTS.get(cfg.get('default_scope'))
     if 'train' in phases:
         check_heads(cfg, leaf_datasets(cfg.get('train_dataloader') or {}))
-        if host and host.check_train:
-            try:
-                resolve_name(host.check_train)(cfg)
-            except (OSError, ValueError) as error:
-                raise StartError(f'config {cfg.filename}: {error}') from error
+    if host and host.check_job:
+        try:
+            resolve_name(host.check_job)(cfg, phases)
+        except (OSError, ValueError) as error:
+            raise StartError(f'config {cfg.filename}: {error}') from error
     if host and host.check_datasets:
         _check_samples(cfg, phases, resolve_name(host.check_datasets))
 

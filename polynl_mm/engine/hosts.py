@@ -44,8 +44,9 @@ class Host:
             the user a line, the slice of the samples that is this process's
             to read, and whether these are all that a model is to learn from.
             Raises ValueError or OSError at the first that is wrong.
-        check_train: 'module:name' of what looks at the config of a training.
-            Raises ValueError or OSError if it would learn something wrong.
+        check_job: 'module:name' of what looks at the config of a job, given
+            it and the phases of the job. Raises ValueError or OSError if it
+            would learn or measure something wrong.
         check_test_cfg: 'module:name' of what looks at ``model.test_cfg``.
             Raises ValueError if anything of ours in it is wrong.
         tile: Has pictures taken tile by tile, given the config, the configs
@@ -63,7 +64,7 @@ class Host:
     tta_defaults: Callable[[dict], dict] = lambda dataset: {}
     set_up: str | None = None
     check_datasets: str | None = None
-    check_train: str | None = None
+    check_job: str | None = None
     check_test_cfg: str | None = None
 
 
@@ -224,7 +225,7 @@ HOSTS = {
         meta_keys=('img_shape', 'ori_shape', 'scale_factor'),
         tta_defaults=_flip,
         set_up='mmdet.utils:setup_cache_size_limit_of_dynamo',
-        check_train='polynl_mm.faces.head:check_batch_augments',
+        check_job='polynl_mm.faces.head:check_batch_augments',
     ),
     'mmseg': Host(
         tile=_refuse_tile,
@@ -246,6 +247,6 @@ HOSTS = {
         meta_keys=(),
         tta_defaults=_refuse_tta,
         check_datasets='polynl_mm.classification.dataset:check_image_folders',
-        check_train='polynl_mm.classification.dataset:check_classes',
+        check_job='polynl_mm.classification.dataset:check_classes',
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from itertools import zip_longest
 
 import torch
 from mmengine.device import get_device
@@ -16,6 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polynl_mm.registry import HOOKS, RUNNERS
+
+from .cli import StartError
 
 
 @HOOKS.register_module()
@@ -36,6 +39,39 @@ class BroadcastBuffersHook(Hook):
         """Broadcast the model's buffers from process 0."""
         for buffer in runner.model.buffers():
             broadcast(buffer)
+
+
+class ClassesHook(Hook):
+    """Compare the classes of a checkpoint with those of its test.
+
+    As many classes in another order are no error to any host, and give a
+    number that means nothing.
+
+    Raises:
+        StartError: They are the same in another order.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Look; names that differ otherwise may mean the same."""
+        meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+        learnt = [str(each) for each in meta.get('classes') or ()]
+        dataset = runner.test_dataloader.dataset
+        metainfo = getattr(dataset, 'metainfo', {})
+        asked = [str(each) for each in metainfo.get('classes') or ()]
+        if not learnt or not asked or learnt == asked:
+            return
+        first, (old, new) = next(
+            (number, pair)
+            for number, pair in enumerate(zip_longest(learnt, asked))
+            if pair[0] != pair[1]
+        )
+        differ = (
+            f'class {first} is {old!r} in {runner._load_from}, but {new!r} in '
+            'the data set of test_dataloader'
+        )
+        if sorted(learnt) == sorted(asked):
+            raise StartError(f'{differ}: the same classes in another order')
+        runner.logger.warning(f'{differ}: do these mean the same?')
 
 
 class CollectHook(Hook):

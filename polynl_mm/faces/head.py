@@ -7,7 +7,7 @@ The rest of the detector is mmdet's: ``SingleStageDetector`` with
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from mmcv.cnn import ConvModule
@@ -608,17 +608,21 @@ def _mean_count(mask: Tensor) -> Tensor:
     return reduce_mean(mask.sum().float()).clamp(min=1)
 
 
-def check_batch_augments(cfg: dict) -> None:
+def check_batch_augments(cfg: dict, phases: Iterable[str]) -> None:
     """Refuse to train landmarks on batches that are resized after packing.
 
     Args:
         cfg (dict): A config with ``model``.
+        phases (Iterable[str]): Of the job; nothing is looked at unless
+            'train' is among them.
 
     Raises:
         ValueError: An augmentation of batches moves boxes, or nobody knows
             that it does not; says which.
     """
     model = cfg['model']
+    if 'train' not in phases:
+        return
     if not (model.get('bbox_head') or {}).get('loss_landmark'):
         return
     owner = model.get('data_preprocessor') or cfg.get('data_preprocessor')

@@ -178,6 +178,9 @@ def test_pictures_without_a_label_are_told(flat):
 
 
 def test_the_same_classes_as_in_training(folders):
+    def check(cfg):
+        check_classes(cfg, ('train', 'val'))
+
     def cfg(count, topk=(1,), **val):
         train = dict(dataset=settings(folders))
         val = dict(dataset=settings(folders, 'val', test_mode=True, **val))
@@ -190,14 +193,14 @@ def test_the_same_classes_as_in_training(folders):
             val_evaluator=metric,
         )
 
-    check_classes(cfg(3))
+    check(cfg(3))
     with pytest.raises(ValueError, match=r'topk=\(1, 5\), but .* only 3 '):
-        check_classes(cfg(3, topk=(1, 5)))
+        check(cfg(3, topk=(1, 5)))
     message = 'class 0 is a in training, but b in .* val_dataloader, .*/val;'
     with pytest.raises(ValueError, match=message):
-        check_classes(cfg(3, metainfo=dict(classes=['b', 'a', 'c'])))
+        check(cfg(3, metainfo=dict(classes=['b', 'a', 'c'])))
     with pytest.raises(ValueError) as caught:
-        check_classes(cfg(2))
+        check(cfg(2))
     assert (
         'model.num_classes=2, but the data set in train_dataloader, '
         f'{folders}/train, has 3 classes'
@@ -205,6 +208,6 @@ def test_the_same_classes_as_in_training(folders):
     for path in (folders / 'val/a').iterdir():
         path.unlink()
     (folders / 'val/a').rmdir()
-    check_classes(cfg(3, class_folder='train'))
+    check(cfg(3, class_folder='train'))
     with pytest.raises(ValueError, match='val_dataloader, .* has 2 classes'):
-        check_classes(cfg(3))
+        check(cfg(3))

@@ -51,7 +51,7 @@ def test_what_is_named_is_there(name):
     pytest.importorskip(name)
     host = HOSTS[name]
     assert host_of(ConfigDict(default_scope=name)) is host
-    checks = ('check_datasets', 'check_train', 'check_test_cfg')
+    checks = ('check_datasets', 'check_job', 'check_test_cfg')
     for key in ('inferencer', 'set_up', *checks):
         if getattr(host, key):
             assert callable(resolve_name(getattr(host, key)))

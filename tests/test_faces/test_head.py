@@ -503,7 +503,7 @@ def test_a_batch_resized_after_packing(build, augment, refused):
     )
     if refused:
         with pytest.raises(ValueError, match=f'has {augment["type"]}, which'):
-            check_batch_augments(cfg)
+            check_batch_augments(cfg, ['train'])
         cfg['model']['bbox_head'] = dict(loss_landmark=None)
         message = (
             r'event/name.jpg: resized from \(128, 128\) to \(96, 96\) '
@@ -513,7 +513,7 @@ def test_a_batch_resized_after_packing(build, augment, refused):
             run()
     else:
         assert run()['loss_landmark'] > 0
-    check_batch_augments(cfg)
+    check_batch_augments(cfg, ['train'])
 
 
 def test_boxes_packed_with_their_landmarks_inside_are_refused(build):

@@ -141,6 +141,36 @@ def test_options_for_others(checkpoint, call, options, line):
     assert code == 2 and line in lines[-1]
 
 
+def test_classes_of_a_checkpoint(checkpoint, call, here):
+    """As many in another order are an error, other names a warning."""
+    code, out, lines = call('test', NAME, checkpoint)
+    told = "class 0 is 'ant' in some.pth, but 'a' in the data set of test_da"
+    assert code == 0 and told in out + '\n'.join(lines)
+    content = torch.load(checkpoint)
+    content['meta']['dataset_meta']['classes'] = ('a', 'c', 'b')
+    torch.save(content, checkpoint)
+    code, _, lines = call('test', NAME, checkpoint)
+    assert code == 2
+    assert lines[-1] == (
+        "test.py: error: class 1 is 'c' in some.pth, but 'b' in the data set "
+        'of test_dataloader: the same classes in another order'
+    )
+    content['meta']['dataset_meta']['classes'] = ('a', 'b', 'c')
+    torch.save(content, checkpoint)
+    code, out, lines = call('test', NAME, checkpoint)
+    assert code == 0 and "class 0 is 'a'" not in out + '\n'.join(lines)
+
+
+def test_more_classes_asked_for_than_there_are(checkpoint, call):
+    options = ('--cfg-options', 'test_evaluator.topk=(1,5)')
+    code, _, lines = call('test', NAME, checkpoint, *options)
+    assert code == 2
+    assert lines[-1] == (
+        f'test.py: error: config {NAME}: topk=(1, 5), but there are only 3 '
+        'classes'
+    )
+
+
 def test_bad_data_is_one_line(here, call):
     (here / 'data/train/b/0.png').write_text('')
     code, _, lines = call('train', NAME)
