@@ -45,7 +45,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from .layers import InContext
 from .ops.precision import autocast_dtype, is_autocast_on
@@ -904,7 +904,7 @@ class _Made(TorchDispatchMode):
     def _note(self, kind, tensors):
         """Keep what is seen for the first time; gives all keys."""
         keys = []
-        for each in tree_leaves(tensors):
+        for each in tree_flatten(tensors)[0]:
             if isinstance(each, Tensor):
                 # While there is a reference, no other gets the same key.
                 weak = StorageWeakRef(each.untyped_storage())

@@ -20,7 +20,7 @@ from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from .layers import InContext
 from .ops.precision import is_recorded
@@ -63,7 +63,7 @@ def pictures_of_samples(
     """
     metas = [
         each.metainfo
-        for each in tree_leaves(samples)
+        for each in tree_flatten(samples)[0]
         if isinstance(each, BaseDataElement)
     ]
     claimed = {_ints(meta.get('img_shape'), 2) for meta in metas} - {None}

@@ -272,7 +272,7 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(found):
+        for t in torch.utils._pytree.tree_flatten(found)[0]:
             if isinstance(t, torch.Tensor):
                 self.largest = max(self.largest, t.untyped_storage().nbytes())
                 name = func.overloadpacket.__name__
