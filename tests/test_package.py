@@ -125,6 +125,8 @@ def test_wheel_has_the_licence_and_needs_nothing(installed):
     assert set(dist.metadata.get_all('Provides-Extra')) == {
         'det',
         'seg',
+        'onedl-det',
+        'onedl-seg',
         'mini',
         'tests',
     }

@@ -3,8 +3,13 @@
 # takes the last of a kind: -n 0 for one process, -n 8 for eight. The kernels for
 # a GPU come last, on the CPU by Triton's interpreter, in an environment that is
 # the same but for Triton and the numpy that this interpreter knows; not where
-# the first argument names tests.
+# the first argument names tests. --stack onedl, before all others, takes the
+# maintained forks of OpenMMLab's packages in place of these.
 set -euo pipefail
+if [[ ${1:-} == --stack ]]; then
+    POLYNL_STACK=${2:-missing}
+    shift 2 || shift
+fi
 # shellcheck source=tools/setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" \
     mmdet mmseg -- skimage sklearn scipy cityscapesscripts pytest xdist hypothesis \
@@ -15,7 +20,7 @@ python -m ruff format --check .
 # A process has a core; tests of a file share what is costly to make.
 export OMP_NUM_THREADS=1
 python -m pytest -n 2 --dist loadfile "$@"
-if [[ $(uname -s) != Linux || ${1:--} != -* ]]; then
+if [[ $(uname -s)-$POLYNL_STACK != Linux-official || ${1:--} != -* ]]; then
     exit
 fi
 

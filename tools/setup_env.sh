@@ -6,14 +6,35 @@
 # and the hosts is taken as it is. Otherwise one is made in $POLYNL_VENV (by
 # default .venv in the repository) and the stack installed into it; what is
 # there already is not built again.
+#
+# $POLYNL_STACK says whose distributions are installed: OpenMMLab's, or with
+# 'onedl' the forks that are maintained, whose modules have the same names.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # The package and the tools of this checkout come first everywhere.
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-MMCV_VERSION=2.1.0
-MMCV_FILES=77 # C++ sources in mmcv 2.1.0
+case ${POLYNL_STACK:=official} in
+    official)
+        MMENGINE=mmengine==0.10.7
+        MMCV=mmcv==2.1.0
+        MMCV_FILES=77 # C++ sources in it
+        HOST_PACKAGES=(mmdet==3.3.0 mmsegmentation==1.2.2)
+        EXTRAS=det,seg,mini,tests
+        ;;
+    onedl)
+        MMENGINE=onedl-mmengine==0.10.12
+        MMCV=onedl-mmcv==2.3.6
+        MMCV_FILES=78
+        HOST_PACKAGES=(onedl-mmdetection==3.5.1 onedl-mmsegmentation==1.4.2)
+        EXTRAS=onedl-det,onedl-seg,mini,tests
+        ;;
+    *)
+        echo "[setup] error: stack $POLYNL_STACK, expected official or onedl" >&2
+        exit 1
+        ;;
+esac
 
 say() { echo "[setup] $*"; }
 die() {
@@ -23,17 +44,20 @@ die() {
 
 # Says in a line what does not work.
 host_stack_works() {
-    python - "${HOSTS[@]}" 2>&1 > /dev/null << 'PY'
+    python - "$POLYNL_STACK" "${HOSTS[@]}" 2>&1 > /dev/null << 'PY'
 import sys
 import warnings
+from importlib.metadata import version
 
 warnings.simplefilter('ignore')
 try:
+    if sys.argv[1] == 'onedl':
+        version('onedl-mmcv')
     import mmengine, torch
     from mmcv.ops import nms
     import pkg_resources  # mmengine's
     nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
-    for host in sys.argv[1:]:
+    for host in sys.argv[2:]:
         __import__(host)
 except Exception as error:
     text = str(error).split('\n')[0]
@@ -56,14 +80,14 @@ PY
 install_mmcv() {
     local log=$VENV/mmcv-build.log scratch start=$SECONDS last=0 minutes done left
     scratch=$(mktemp -d)
-    say "mmcv $MMCV_VERSION comes as source: $MMCV_FILES C++ files, about" \
+    say "$MMCV comes as source: $MMCV_FILES C++ files, about" \
         "9 minutes on two cores, seconds if pip built it here before"
     # -g0 -O2 halves the time of Python's default flags. A process group of
     # its own, so that an interrupt ends the compilers, too.
     set -m
     TMPDIR=$scratch CFLAGS=${CFLAGS:--g0 -O2} MAX_JOBS=${MAX_JOBS:-$(nproc)} \
         python -m pip install --no-build-isolation "$@" \
-        "mmcv==$MMCV_VERSION" > "$log" 2>&1 &
+        "$MMCV" > "$log" 2>&1 &
     local pid=$!
     set +m
     trap 'kill -- "-$pid"; rm -rf "$scratch"; exit 130' INT TERM
@@ -96,8 +120,8 @@ install_stack() {
     # The exact version lets pip take the CPU build where one is set up.
     python -m pip install -qq torch==2.13.0 'setuptools<81' wheel ninja \
         || die "pip could not install torch"
-    python -m pip install -qq mmengine==0.10.7 \
-        || die "pip could not install mmengine"
+    python -m pip install -qq "$MMENGINE" opencv-python \
+        || die "pip could not install $MMENGINE"
     local reason
     reason=$(python -c 'import cv2' 2>&1) || die "OpenCV does not load:" \
         "${reason##*$'\n'} (Debian: apt-get install libgl1 libglib2.0-0)"
@@ -108,9 +132,8 @@ install_stack() {
             || install_mmcv --no-cache-dir --force-reinstall --no-deps
     fi
     say "mmengine, mmdet, mmseg and small packages"
-    python -m pip install -qq --no-build-isolation mmengine==0.10.7 \
-        mmdet==3.3.0 mmsegmentation==1.2.2 \
-        -e "$ROOT[det,seg,mini,tests]" || die "pip could not install the stack"
+    python -m pip install -qq --no-build-isolation "$MMENGINE" \
+        "${HOST_PACKAGES[@]}" -e "$ROOT[$EXTRAS]" || die "pip could not install the stack"
     reason=$(host_stack_works) \
         || die "the stack is installed in $VENV but does not work: $reason"
 }
@@ -135,6 +158,7 @@ setup_env() {
     fi
     say "the active environment is not used: $reason"
     VENV=${POLYNL_VENV:-$ROOT/.venv}
+    [[ $POLYNL_STACK == official ]] || VENV=$VENV-$POLYNL_STACK
     # activate is what venv writes last.
     if [[ ! -f $VENV/bin/activate ]]; then
         command -v "$base" > /dev/null || die "$base is missing"
