@@ -242,9 +242,8 @@ class PolySA(InContext, nn.Module):
         """
         if x.dim() != 3 or x.shape[2] != self.embed_dims:
             raise ValueError(
-                f'PolySA was built with embed_dims={self.embed_dims} for '
-                f'(B, N, {self.embed_dims}), got input of shape '
-                f'{tuple(x.shape)}'
+                f'x must have shape (B, N, {self.embed_dims}), as PolySA has '
+                f'embed_dims={self.embed_dims}, got {tuple(x.shape)}'
             )
         if attn_mask is not None:
             raise ValueError(
@@ -293,7 +292,7 @@ class PolySA(InContext, nn.Module):
             if around['pool'] is not None:
                 raise ValueError(
                     'key_padding_mask within shared_context: what a part '
-                    'counts would not be known'
+                    'counts would not be known; leave one of them out'
                 )
             weights = ~mask if weights is None else weights * ~mask
         return {**around, 'weights': weights}

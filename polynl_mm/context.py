@@ -332,7 +332,10 @@ def _join(layer: nn.Module, context):
         if around is None:
             if vars(layer).get(name) is not None:
                 path = context.layers[layer]
-                raise RuntimeError(f'{path!r} has a {name} of its own')
+                raise RuntimeError(
+                    f'{path!r} has a {name} of its own, and takes no other: '
+                    'set it to None, or exclude the layer'
+                )
             around = _joined[layer] = _Around(layer)
             pools = name == 'spatial_pool'
             call = partial(_attend, around, layer) if pools else around
@@ -400,7 +403,7 @@ class _Around:
         if self.contexts and layer is not self.layer():
             raise RuntimeError(
                 'a Poly-NL layer was copied or fused within shared_context: '
-                'do that before'
+                'that must be done before'
             )
         mine = [c for c in _entered.get() if layer in (c.layers or ())]
         # Checkpointed activations are computed again, on a GPU by a thread
@@ -477,8 +480,8 @@ class _Context:
         if not self.was_called:
             raise RuntimeError(
                 f'{type(self).__name__}: no layer of the model given to '
-                'shared_context was called; was it a copy of the model, or '
-                'another thread?'
+                'shared_context was called: call that model, and no copy of '
+                'it, in the thread that entered the context'
             )
 
     def pool(
@@ -575,7 +578,8 @@ class Windows(_Context):
         """
         if self.layers is None or self._means is not None:
             raise RuntimeError(
-                'Windows are called within shared_context, one image at a time'
+                'Windows must be called within shared_context, one image at '
+                'a time'
             )
         windows = list(windows)
         _check_cores(windows)
@@ -631,8 +635,8 @@ class Windows(_Context):
         if value.shape[0] != self.images:
             raise RuntimeError(
                 f'{path!r} is called with {value.shape[0]} images or regions, '
-                f'where a window is of {self.images}: such a layer is to be '
-                'excluded'
+                f'where a window is of {self.images}: give such a layer in '
+                'exclude=...'
             )
         stop = _Stop(path, value, count, then)
         return self._current().reach(stop, self._means)
@@ -808,7 +812,7 @@ class _Flight:
         if self.stop is not None:
             raise RuntimeError(
                 'the step went on after what ends a window at a layer: it '
-                'must not catch exceptions that are no Exception'
+                'must catch nothing but an Exception, no BaseException'
             )
         self.ended = True
 
@@ -1078,7 +1082,7 @@ class Frames(_Context):
         """
         if self.layers is None or self._now is not None:
             raise RuntimeError(
-                'Frames are called within shared_context, one at a time'
+                'Frames must be called within shared_context, one at a time'
             )
         self._now, self.was_called = [], False
         try:
@@ -1086,7 +1090,10 @@ class Frames(_Context):
             self._check_called()
             if self._time and len(self._now) < len(self._before):
                 path = self._before[len(self._now)][0]
-                raise RuntimeError(f'this frame did not go through {path!r}')
+                raise RuntimeError(
+                    f'this frame did not go through {path!r}, as those before '
+                    'did: call reset() to begin another video'
+                )
             self._before = self._now
             self._time += 1
             return result
@@ -1111,7 +1118,7 @@ class Frames(_Context):
             ):
                 raise RuntimeError(
                     f'{path!r} with {tuple(sums.shape)} was not in the frames '
-                    'before: reset() begins another video'
+                    'before: call reset() to begin another video'
                 )
             time = self._time + 1
             rate = 1 / min(time, self.horizon or time)
@@ -1146,8 +1153,8 @@ class Crops(_Context):
         if len(value) != len(self.images):
             raise RuntimeError(
                 f'{self.layers[layer]!r} is called with {len(value)} images or'
-                f' regions, where the batch has {len(self.images)}: such a '
-                'layer is to be excluded'
+                f' regions, where the batch has {len(self.images)}: give such '
+                'a layer in exclude=...'
             )
         numbers = {
             image: k for k, image in enumerate(dict.fromkeys(self.images))

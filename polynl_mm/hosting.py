@@ -93,7 +93,7 @@ def warn_of_frozen(model: nn.Module, added: Mapping[str, str]) -> None:
         if parameters and not any(p.requires_grad for p in parameters):
             warnings.warn(
                 f'{what} will never learn: {type(model).__name__} freezes '
-                'that part (frozen_stages)',
+                'that part (see its frozen_stages)',
                 stacklevel=4,
             )
 

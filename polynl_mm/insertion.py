@@ -266,7 +266,9 @@ def _end(path: str, names: dict) -> str:
     forward = type(module).forward
     if isinstance(module, nn.Sequential) and forward is nn.Sequential.forward:
         if not len(module):
-            raise ValueError(f'{path!r} is an empty {_type(module)}')
+            raise ValueError(
+                f'{path!r} is an empty {_type(module)}: insert elsewhere'
+            )
         last = f'{path}.{list(module._modules)[-1]}'.lstrip('.')
         uses = [
             sum(module is names[p] for module in names.values())
@@ -275,7 +277,8 @@ def _end(path: str, names: dict) -> str:
         if uses[0] != uses[1]:
             raise ValueError(
                 f'{path!r} is a {_type(module)} whose last item {last!r} is '
-                'used elsewhere, too: a block after it would run there as well'
+                'used elsewhere, too: a block after it would run there as '
+                'well; insert after another module'
             )
         return _end(last, names)
     if forward is nn.Module.forward:

@@ -191,7 +191,7 @@ def _made(where: str, path: str, cfg: dict, names: dict) -> nn.Module:
     host = names[path]
     adapter = _adapter_of(host)
     if isinstance(host, _Placed):
-        raise ValueError(f'{where}: {path!r} is Poly-SA already')
+        raise ValueError(f'{where}: {path!r} is Poly-SA already: leave it out')
     if adapter is None:
         kinds = sorted({name.rpartition('.')[2] for name in _KNOWN})
         within = [

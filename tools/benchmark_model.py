@@ -127,8 +127,9 @@ def parse_args():
         raise StartError(f'--shape {args.shape}: expected two sizes >= 1')
     if args.turns < 2:
         raise StartError(f'--turns {args.turns}: a spread takes at least 2')
-    if len(set(args.configs)) < len(args.configs):
-        raise StartError('a config is given twice')
+    twice = [each for each in args.configs if args.configs.count(each) > 1]
+    if twice:
+        raise StartError(f'config {twice[0]} is given twice, expected once')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise StartError('--device cuda, but this machine has no such GPU')
     if args.json and not args.json.absolute().parent.is_dir():

@@ -43,20 +43,30 @@ def skipped_steps(before: dict, after: dict, scale: float) -> str:
         raise ValueError('the loss was not scaled: not a training with --amp')
     end = optimizer['loss_scaler']['scale']
     if not 0 < end < scale:
-        raise ValueError(f'the scale went from {scale:g} to {end:g}, not down')
+        raise ValueError(
+            f'the scale went from {scale:g} to {end:g}, expected less'
+        )
     # Without those that were skipped.
     steps = [int(state['step']) for state in optimizer['state'].values()]
     taken = max(steps, default=0)
     if not 0 < taken < iterations:
-        raise ValueError(f'{taken} of {iterations} steps were taken')
+        raise ValueError(
+            f'{taken} of {iterations} steps were taken, expected some, but '
+            'not all'
+        )
     weights = after['state_dict']
     broken = [k for k, v in weights.items() if not v.isfinite().all()]
     if broken:
-        raise ValueError(f'not finite: {", ".join(broken[:3])} ...')
+        raise ValueError(
+            f'not finite: {", ".join(broken[:3])} ..., as all weights must be'
+        )
     layers = [k for k in weights if 'poly_nl' in k]
     still = [k for k in layers if torch.equal(weights[k], before[k])]
     if still:
-        raise ValueError(f'did not move: {", ".join(still[:3])} ...')
+        raise ValueError(
+            f'did not move: {", ".join(still[:3])} ..., as all parameters of '
+            'Poly-NL layers must'
+        )
     return (
         f'{iterations - taken} of {iterations} steps skipped, scale '
         f'{scale:g} -> {end:g}; all is finite, all of {len(layers)} '

@@ -117,7 +117,7 @@ def main():
     if os.path.samefile(drawings, os.path.dirname(images[0]) or '.'):
         raise StartError(
             f'--out {args.out}: the drawings in {drawings} would replace the '
-            'images'
+            'images: give another folder'
         )
     infer = inferencer(model=cfg, weights=args.checkpoint, device=args.device)
     infer.show_progress = False

@@ -20,7 +20,9 @@ def number_from(least: int):
     def parse(text: str) -> int:
         value = int(text)
         if value < least:
-            raise argparse.ArgumentTypeError(f'{value} is below {least}')
+            raise argparse.ArgumentTypeError(
+                f'{value} is below {least}, expected no less'
+            )
         return value
 
     parse.__name__ = 'integer'

@@ -169,7 +169,7 @@ def main():
             raise
         raise StartError(
             f'{error}: the training stopped after {runner.iter} iterations; '
-            f'{checkpoints.last_good(runner)}'
+            f'make room and --resume; {checkpoints.last_good(runner)}'
         ) from error
 
 

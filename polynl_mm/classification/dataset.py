@@ -92,7 +92,7 @@ class ImageFolder(BaseDataset):
             place = join_path(folder, name)
             if name not in index:
                 raise ValueError(
-                    f'{place}: none of the {len(index)} classes of '
+                    f'{place}: expected one of the {len(index)} classes of '
                     f'{self.class_folder or "metainfo"}'
                 )
             pictures, _ = _pictures(place)

@@ -74,7 +74,8 @@ def read_labels(
             )
         if name in seen:
             raise ValueError(
-                f'{path}, line {number}: {name} was in line {seen[name]}'
+                f'{path}, line {number}: {name} was in line {seen[name]} '
+                'already: a picture must have one line'
             )
         seen[name] = number
         labels.append(Label(name, int(index), number))

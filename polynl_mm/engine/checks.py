@@ -207,7 +207,7 @@ def _check_path(
         return
     where = f'config {cfg.filename}: {key}={path!r}: {full}'
     if os.path.getsize(full) == 0:
-        raise StartError(f'{where} is empty')
+        raise StartError(f'{where} is empty, expected annotations')
     # Our own readers say more, and pass over the mark.
     if full.endswith(('.json', '.txt')) and not str(
         owner.get('type')

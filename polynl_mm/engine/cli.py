@@ -160,7 +160,9 @@ def _split(text: str) -> list[str]:
         else:
             parts[-1] += char
     if depth:
-        raise ValueError(f'Imbalanced brackets in {text[:80]}')
+        raise ValueError(
+            f'Imbalanced brackets in {text[:80]}, expected each to be closed'
+        )
     return [part.strip() for part in parts]
 
 
@@ -185,7 +187,7 @@ def _read_literal(text: str):
     except (ValueError, SyntaxError, TypeError, RecursionError) as error:
         raise ValueError(
             'a value with dicts must be written as in Python, strings in '
-            'quotes'
+            "quotes, such as [dict(type='A')]"
         ) from error
 
 

@@ -108,7 +108,7 @@ class PolyNLHook(Hook):
         if idle:
             runner.logger.warning(
                 f'{_some(idle)}: frozen at beta=0, these Poly-NL layers never '
-                'learn and change nothing (frozen_stages of their host?)'
+                'learn and change nothing (see frozen_stages of their host)'
             )
 
     def after_train_iter(

@@ -108,7 +108,10 @@ def plain_loader(cfg: Config) -> None:
 
 def _check_pickle(out: str, saved: str) -> None:
     if not out.endswith(('.pkl', '.pickle')):
-        raise StartError(f'--out {out}: {saved} to one .pkl or .pickle file')
+        raise StartError(
+            f'--out {out}: {saved} to one .pkl or .pickle file, expected such '
+            'a name'
+        )
 
 
 def _save_pickle(cfg: Config, out: str) -> dict:
@@ -119,7 +122,7 @@ def _save_pickle(cfg: Config, out: str) -> dict:
 def _save_label_maps(cfg: Config, out: str) -> None:
     if os.path.exists(out) and not os.path.isdir(out):
         raise StartError(
-            f'--out {out}: mmseg saves label maps to a folder, and this is a '
+            f'--out {out}: mmseg saves label maps to a folder, but this is a '
             'file'
         )
     metrics = cfg.test_evaluator

@@ -301,7 +301,7 @@ def _check(runner: Runner) -> int:
     if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
         raise ValueError(
             f'{what}: data_preprocessor.batch_augments are random, and so '
-            'differ from process to process of an image'
+            'differ from process to process of an image: leave them out'
         )
     heads = [each for each in model.modules() if hasattr(each, 'loss_decode')]
     ignored = {head.ignore_index for head in heads}

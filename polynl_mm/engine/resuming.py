@@ -61,8 +61,8 @@ class ResumeHook(Hook):
             self._first = _loader(runner).worker_init_fn
         else:
             runner.logger.warning(
-                f'{type(loop).__name__} is none of mmengine: resumed, it will '
-                'not be what it had been unbroken'
+                f'{type(loop).__name__} is no loop of mmengine: resumed, it '
+                'will not be what it had been unbroken'
             )
             return
         if loop.iter == 0:

@@ -129,7 +129,9 @@ def _check_hub(hub: dict, folder: str) -> None:
     if not isinstance(steps, list) or not all(
         isinstance(step, Integral) for step in steps
     ):
-        raise ValueError(f"message_hub has 'keep_ckpt_ids' {steps!r}")
+        raise ValueError(
+            f"message_hub has 'keep_ckpt_ids' {steps!r}, expected integers"
+        )
     for name, value in info.items():
         if name.startswith('best_score'):
             # Metrics may give arrays of one number.
@@ -138,7 +140,9 @@ def _check_hub(hub: dict, folder: str) -> None:
             ):
                 value = info[name] = value.item()
             if not isinstance(value, Real):
-                raise ValueError(f'message_hub has {name!r} {value!r}')
+                raise ValueError(
+                    f'message_hub has {name!r} {value!r}, expected a number'
+                )
         # CheckpointHook deletes it when there is a better one.
         if name.startswith('best_ckpt') and value is not None:
             info[name] = os.path.join(folder, os.path.basename(value))

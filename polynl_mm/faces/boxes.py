@@ -148,8 +148,8 @@ class FaceBoxes(BaseBoxes):
             ValueError: Always.
         """
         raise ValueError(
-            'boxes of faces can not be made of masks, which do not tell '
-            'where their landmarks are'
+            'FaceBoxes can not be made of masks, which do not tell where '
+            'their landmarks are'
         )
 
 

@@ -250,7 +250,8 @@ class WiderFaceDataset(BaseDetDataset):
         )
         if not any((points[..., 2] > 0).any() for points in matched.values()):
             raise ValueError(
-                f'{self.landmark_file}: none of its faces has landmarks'
+                f'{self.landmark_file}: none of its faces has landmarks; set '
+                'landmark_file=None to train without them'
             )
         return [
             dict(name=name, faces=faces[name], keypoints=matched[name])

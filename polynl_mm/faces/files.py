@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -57,6 +57,10 @@ _LABEL_LINES = {
 SETTINGS = ('easy', 'medium', 'hard')
 # The columns of a prediction file.
 PREDICTION = 'left top width height score'
+
+
+class _Expected(ValueError):
+    """Its text is what was expected of a line, and not the whole message."""
 
 
 class _Lines:
@@ -334,17 +338,17 @@ def read_landmark_labels(
                 if sized is None:
                     sized = has_size
                 elif sized != has_size:
-                    raise ValueError('the format of the headers before')
+                    raise _Expected('the format of the headers before')
                 if not lines.is_new(name):
-                    raise ValueError('a picture that has not come before')
+                    raise _Expected('a picture that has not come before')
                 images[name] = rows
                 headers[name] = lines.number(at)
             elif rows is None:
-                raise ValueError('# event/name.jpg or # event/name.jpg W H')
+                raise _Expected('# event/name.jpg or # event/name.jpg W H')
             else:
                 face = _label_face(lines[at], bool(sized), allow_degenerate)
                 rows.append((*face, lines.number(at)))
-        except ValueError as error:
+        except _Expected as error:
             expected = str(error)
         else:
             continue
@@ -364,7 +368,7 @@ def _label_header(lines: _Lines, line: str) -> tuple[str, bool]:
     sizes = _integers(' '.join(sizes)) or [0]
     name = lines.picture(text)
     if name is None or len(sizes) != 2 or min(sizes) <= 0:
-        raise ValueError('# event/name.jpg or # event/name.jpg W H')
+        raise _Expected('# event/name.jpg or # event/name.jpg W H')
     return name, True
 
 
@@ -376,7 +380,7 @@ def _label_face(line: str, sized: bool, allow_degenerate: bool) -> tuple:
     except ValueError:
         numbers = []
     if len(numbers) not in counts or not all(abs(n) < 1e9 for n in numbers):
-        raise ValueError(
+        raise _Expected(
             f'{" or ".join(map(str, counts))} numbers: {layout}; all finite '
             f'and below 1e9'
         )
@@ -384,14 +388,14 @@ def _label_face(line: str, sized: bool, allow_degenerate: bool) -> tuple:
     if not sized:
         x2, y2 = x1 + x2, y1 + y2
     if not allow_degenerate and (x2 <= x1 or y2 <= y1):
-        raise ValueError('x2 > x1 and y2 > y1' if sized else 'w > 0 and h > 0')
+        raise _Expected('x2 > x1 and y2 > y1' if sized else 'w > 0 and h > 0')
     if len(numbers) == 5 and numbers[4] not in (0, 1):
-        raise ValueError('0 or 1 as the fifth number, for ignore')
+        raise _Expected('0 or 1 as the fifth number, for ignore')
     keypoints = (_ABSENT,) * NUM_LANDMARKS
     if len(numbers) >= 19:
         points = [numbers[i : i + 3] for i in range(4, 19, 3)]
         if any(flag not in (-1, 0, 1) for _, _, flag in points):
-            raise ValueError('-1, 0 or 1 as the flag of a landmark')
+            raise _Expected('-1, 0 or 1 as the flag of a landmark')
         keypoints = [
             _ABSENT if flag < 0 else (x, y, 2 - flag) for x, y, flag in points
         ]
@@ -544,7 +548,9 @@ def load_wider_face_gt(
     starts = np.cumsum([0, *map(len, boxes)])
     boxes = np.concatenate(boxes)
     if not np.isfinite(boxes).all():
-        raise ValueError(f'{path}: face_bbx_list has NaN or infinity')
+        raise ValueError(
+            f'{path}: face_bbx_list has NaN or infinity, expected numbers'
+        )
 
     kept = {}
     for setting in SETTINGS:
@@ -615,7 +621,7 @@ def _read_cells(path: str, key: str) -> tuple[tuple[str, ...], list]:
         for i, event in enumerate(events):
             stems, cells = (column[i].ravel() for column in columns)
             if stems.size != cells.size:
-                raise ValueError(f'{stems.size} names, {cells.size} cells')
+                raise ValueError(f'{stems.size} names, but {cells.size} cells')
             images += [f'{event.item()}/{stem.item()}' for stem in stems]
             arrays += map(np.asarray, cells)
     except (AttributeError, IndexError, KeyError, ValueError) as error:
@@ -625,7 +631,8 @@ def _read_cells(path: str, key: str) -> tuple[tuple[str, ...], list]:
             f'{error}'
         ) from error
     if len(set(images)) < len(images):
-        raise ValueError('has a picture more than once')
+        twice, _ = Counter(images).most_common(1)[0]
+        raise ValueError(f'has {twice} more than once, expected once')
     for image, array in zip(images, arrays):
         if array.dtype.kind not in 'iuf':
             raise ValueError(
@@ -775,7 +782,7 @@ def prediction_path(out_dir: str | os.PathLike, image: str) -> str:
     if os.path.commonpath([folder, target]) != folder:
         raise ValueError(
             f'{path}: the predictions of the picture {image!r} would be '
-            f'written to {target}, outside {folder}'
+            f'written to {target}, outside {folder}: give no such name'
         )
     return path
 

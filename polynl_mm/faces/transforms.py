@@ -260,7 +260,8 @@ class RandomSquareCrop(BaseTransform):
         ]
         if unknown:
             raise ValueError(
-                f'RandomSquareCrop crops boxes and landmarks, got {unknown}'
+                'RandomSquareCrop crops boxes and landmarks only, got '
+                f'{unknown}'
             )
         image = results['img']
         bboxes = results.get('gt_bboxes')

@@ -221,8 +221,8 @@ def _check_pair(data: BaseSegDataset, load: Callable, pair: dict) -> set[int]:
         )
     if size not in (None, label.shape):
         raise ValueError(
-            f'label {path} is {label.shape[1]} x {label.shape[0]} pixels, its '
-            f'image {image} is {size[1]} x {size[0]}'
+            f'label {path} is {label.shape[1]} x {label.shape[0]} pixels, but '
+            f'its image {image} is {size[1]} x {size[0]}'
         )
     wide = _read(path, _wide_ids)
     if data.ignore_index == 255:

@@ -275,7 +275,7 @@ def city_converters() -> Callable:
     """What makes the label maps of ``<prefix>_polygons.json``."""
     if find_spec('cityscapesscripts') is None:
         raise UserError(
-            'cityscapesscripts is not installed; its converters are needed'
+            'its converters are needed: pip install cityscapesscripts==2.3.0'
         )
     from cityscapesscripts.helpers.annotation import Annotation
     from cityscapesscripts.preparation.json2instanceImg import (

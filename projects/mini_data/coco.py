@@ -240,7 +240,7 @@ def coco(out: Path, seed: int, sizes: dict) -> None:
     each split.
     """
     if find_spec('pycocotools') is None:
-        raise UserError('pycocotools is not installed; it encodes the masks')
+        raise UserError('masks need an encoder: pip install pycocotools')
     categories = [
         dict(supercategory='digit', id=1 + k, name=str(k)) for k in range(10)
     ]

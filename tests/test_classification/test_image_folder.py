@@ -110,7 +110,7 @@ def test_labels_of_the_development_kit_are_by_name(folders):
 def test_what_is_wrong_has_a_name(folders):
     (folders / 'val/d').mkdir()
     assert error(folders, 'val', class_folder='train', test_mode=True) == (
-        f'{folders}/val/d: none of the 3 classes of {folders}/train'
+        f'{folders}/val/d: expected one of the 3 classes of {folders}/train'
     )
     (folders / 'train/d').mkdir()
     assert f'{folders}/train/d: a class without pictures' in error(folders)

@@ -121,7 +121,7 @@ def test_a_picture_that_was_turned(check, tmp_path, suffix):
         check(label, suffix=suffix, exif=turned)
         turns = False
     except ValueError as error:
-        assert '8 x 6 pixels, its image' in str(error)
+        assert '8 x 6 pixels, but its image' in str(error)
         assert str(error).endswith('is 6 x 8')
         turns = True
     shape = cv2.imread(str(tmp_path / f'img/0{suffix}')).shape[:2]

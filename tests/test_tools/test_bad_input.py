@@ -476,8 +476,8 @@ def spoil(here, what):
         ),
         (
             'size',
-            'label {ann}/3.png is 64 x 64 pixels, its image {img}/3.png is '
-            '80 x 48',
+            'label {ann}/3.png is 64 x 64 pixels, but its image {img}/3.png '
+            'is 80 x 48',
         ),
         (
             'ids',
@@ -756,7 +756,8 @@ def test_remote_data_is_left_to_mmengine(here):
 def test_annotation_file_empty(here, refuse):
     (here / 'data/det/ann.json').write_text('')
     line = refuse('train', 'det.py')
-    assert line.endswith(f'{here / "data/det/ann.json"} is empty')
+    empty = here / 'data/det/ann.json'
+    assert line.endswith(f'{empty} is empty, expected annotations')
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,10 @@ def run_case(
     forms = [build(name, c, n).to(device) for name in FORMS]
     error = disagreement(forms[0], forms[1:], *make_input(c, n, device))
     if not error < 1e-3:
-        raise Disagreement(f'C={c} N={n}: the forms differ by {error:.2g}')
+        raise Disagreement(
+            f'C={c} N={n}: the forms differ by {error:.2g}, expected at most '
+            '1e-3'
+        )
     row = dict(c=c, n=n, disagreement=error)
     row['contenders'] = {name: {} for name in (UNIT, *NAMES)}
     for mode in MODES:

@@ -129,7 +129,7 @@ class Card:
             event.device_type == DeviceType.CUDA for event in seen.events()
         )
         if not count:
-            raise RuntimeError('the profiler sees no launch: no CUPTI?')
+            raise RuntimeError('the profiler sees no launch: it needs CUPTI')
         return count
 
     def peak(self, f) -> int:

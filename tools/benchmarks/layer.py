@@ -262,7 +262,10 @@ def run_case(
         )
     )
     if not error < 1e-3:
-        raise Disagreement(f'C={c} N={n}: the forms differ by {error:.2g}')
+        raise Disagreement(
+            f'C={c} N={n}: the forms differ by {error:.2g}, expected at most '
+            '1e-3'
+        )
     row = dict(c=c, n=n, disagreement=error, contenders={})
     x, _ = inputs(modules[UNIT])
     cores = {'auto': HERE}
