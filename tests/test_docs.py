@@ -1,16 +1,25 @@
 """What the pages name is there: links, files of commands, Python names."""
 
+import argparse
+import os
 import re
+import runpy
+import shlex
 import subprocess
+import sys
 from collections import Counter
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
 import torch
+import yaml
 from torch import nn
+
+import polynl_mm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,8 +202,6 @@ def test_readme_fits_two_screens():
 def test_python_of_the_readme():
     """Each line of the section, on a network that has such a place."""
     pytest.importorskip('mmcv')
-    import polynl_mm
-
     section = (ROOT / 'README.md').read_text().split('## In Python\n')[1]
     code = section.split('```python\n')[1].split('```')[0]
     model = nn.Sequential()
@@ -205,3 +212,287 @@ def test_python_of_the_readme():
     exec(code, names)
     assert names['y'].shape == names['x'].shape
     assert names['report'].fused == ['layer3.poly_nl']
+
+
+# ----------------------------------------------------------------- commands
+
+REAL_DATA = re.compile(
+    r'(configs/(wider_face|coco|cityscapes|imagenet)/\S+\.py'
+    r'|data/(WIDERFace|coco|cityscapes|imagenet)(/|$))'
+)
+MARK = 'needs the real data set'
+# What a line stands for that is no command of its own.
+PLACEHOLDER = re.compile(r'[A-Z][A-Z_]*(\.\w+)?')
+JOBS = {
+    'train.py': 'train.py',
+    'test.py': 'test.py',
+    'dist_train.sh': 'train.py',
+    'dist_test.sh': 'test.py',
+    'slurm_train.sh': 'train.py',
+    'slurm_test.sh': 'test.py',
+}
+# Has the shell expand what a page has, and records each command in its place.
+RECORD = """
+record() { { printf '%q ' "$MARKED" "$@"; echo; } >&3; }
+python() { record python "$@"; }
+bash() { record bash "$@"; }
+mim() { record mim "$@"; }
+exec 3>&1 >/dev/null 2>&1
+"""
+
+
+def blocks(page):
+    """What is shown as code and is not Python, block by block."""
+    text = page.read_text()
+    fenced = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.M | re.S)
+    yield from (code for kind, code in fenced if kind in ('', 'sh', 'bash'))
+    rest = FENCE.sub('', text)
+    yield from re.findall(r'(?:^ {4}.*\n(?:\n(?= {4}))?)+', rest, re.M)
+
+
+def shell_of(block):
+    """The lines that set variables, repeat, or call a tool."""
+    lines, goes_on = [], False
+    for line in block.splitlines():
+        line = line.strip()
+        if (
+            goes_on
+            or re.match(r'(\w+=\S* +)*(python|bash|mim) ', line)
+            or re.match(r'\w+=|for |done\b', line)
+        ):
+            lines.append(line)
+            goes_on = line.endswith('\\')
+    # One of several, where the braces stand for a choice.
+    text = '\n'.join(lines)
+    choice = re.search(r'(?<= )\{([^{}]*)\}', text)
+    if choice:
+        before, after = text[: choice.start()], text[choice.end() :]
+        text = '\n'.join(f'{before}{c}{after}' for c in choice[1].split(','))
+    return text
+
+
+@cache
+def commands(page):
+    """(whether it is marked, its words) of every command on a page."""
+    script = [RECORD]
+    for block in blocks(page):
+        marked = f'# {MARK}' in block
+        script += [f'MARKED={"yes" if marked else ""}', shell_of(block)]
+    mmdet = find_spec('mmdet')
+    done = subprocess.run(
+        ['bash', '-c', '\n'.join(s for s in script if '$(python' not in s)],
+        cwd=ROOT,
+        env={
+            'PATH': os.environ['PATH'],
+            'MIM': f'{Path(mmdet.origin).parent}/.mim' if mmdet else '',
+        },
+        capture_output=True,
+        text=True,
+    )
+    words = map(shlex.split, done.stdout.splitlines())
+    return [(each[0] == 'yes', each[1:]) for each in words]
+
+
+def required_and_all(words):
+    """The words of a command without what is in brackets, and with it."""
+    depth, required, every = 0, [], []
+    for word in words:
+        if word.startswith('[') or depth:
+            depth += len(word) - len(word.lstrip('['))
+            bare = word.strip('[]')
+            depth -= len(word) - len(word.rstrip(']'))
+        else:
+            bare = word
+            required += [word] * (word != '...')
+        every += [bare] * (bare not in ('...', ''))
+    return required, every
+
+
+def tool_of(words):
+    """Script and arguments, as the process that does the work has them."""
+    runner, script, *args = words
+    if runner == 'mim':
+        return ROOT / 'tools' / f'{script}.py', args[1:]
+    if script == '-m':
+        name, *args = args
+        if not name.startswith('polynl_mm.tools.'):
+            return None, args
+        script = f'tools/{name.rpartition(".")[2]}.py'
+    path = ROOT / script
+    if path.suffix == '.sh' and path.name in JOBS:
+        count = 1
+        if path.name.startswith('slurm'):
+            args = args[2:]
+        if path.name == 'dist_train.sh':
+            config, processes, *args = args
+            args = [config, *args]
+        elif path.name == 'dist_test.sh':
+            config, checkpoint, processes, *args = args
+            args = [config, checkpoint, *args]
+        elif path.name == 'slurm_train.sh':
+            config, folder, *args = args
+            args = [config, '--work-dir', folder, *args]
+        if path.name.startswith('dist'):
+            count = processes
+        assert re.fullmatch(r'[1-9]\d*|GPUS', str(count)), words
+        path = path.with_name(JOBS[path.name])
+    return path, args
+
+
+class Parsed(BaseException):
+    """The tool has read its arguments; it does nothing more."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Give what a script makes of its arguments, PLACEHOLDERs as any value."""
+    parser = argparse.ArgumentParser
+    get, check, read = (
+        getattr(parser, name)
+        for name in ('_get_value', '_check_value', 'parse_args')
+    )
+
+    def get_value(self, action, text):
+        return text if PLACEHOLDER.fullmatch(text) else get(self, action, text)
+
+    def check_value(self, action, value):
+        if not PLACEHOLDER.fullmatch(str(value)):
+            check(self, action, value)
+
+    def parse_args(self, args=None, namespace=None):
+        raise Parsed(read(self, args, namespace))
+
+    monkeypatch.setattr(parser, '_get_value', get_value)
+    monkeypatch.setattr(parser, '_check_value', check_value)
+    monkeypatch.setattr(parser, 'parse_args', parse_args)
+
+    def parse(script, args):
+        monkeypatch.setattr(sys, 'argv', [str(script), *args])
+        monkeypatch.setattr(sys, 'path', [str(script.parent), *sys.path])
+        try:
+            runpy.run_path(str(script), run_name='__main__')
+        except Parsed as parsed:
+            return parsed.args[0]
+        raise AssertionError(f'{script} reads no arguments')
+
+    return parse
+
+
+def check_options(namespace):
+    """That what ``--cfg-options`` sets has a place in the config."""
+    options = getattr(namespace, 'cfg_options', None)
+    config = getattr(namespace, 'config', None)
+    if not options or PLACEHOLDER.fullmatch(config):
+        return
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(ROOT / config)
+    for key in options:
+        *parents, _ = key.split('.')
+        place = cfg
+        # mmengine knows that key, and mmseg's configs do not have it.
+        for parent in parents if parents != ['auto_scale_lr'] else ():
+            place = place[int(parent) if parent.isdigit() else parent]
+    cfg.merge_from_dict(
+        {k: v for k, v in options.items() if not PLACEHOLDER.fullmatch(str(v))}
+    )
+
+
+@each_page
+def test_commands(page, parse):
+    """The tool's own parser takes them, and their settings have a place."""
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    for _, words in commands(page):
+        for each in required_and_all(words):
+            script, args = tool_of(each)
+            if script is None or (script.suffix == '.sh'):
+                continue
+            try:
+                check_options(parse(script, args))
+            except (Exception, SystemExit) as error:
+                raise AssertionError(f'{" ".join(each)}: {error}') from error
+
+
+@each_page
+def test_commands_are_marked(page):
+    """Those that need the real data set say so; of the mini sets none does."""
+    for marked, words in commands(page):
+        jobs = {Path(word).name for word in words[:2]} & {
+            *JOBS,
+            'demo.py',
+            'check_wider_face.py',
+            'eval_wider_face.py',
+            'eval_cityscapes.py',
+        }
+        real = any(REAL_DATA.match(word) for word in words)
+        if jobs and real:
+            assert marked, ' '.join(words)
+        if any('/mini' in word for word in words):
+            assert not marked, ' '.join(words)
+
+
+def test_citation():
+    """CITATION.cff and the BibTeX say the same, of this version."""
+    cff = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    paper = cff['preferred-citation']
+    page = (ROOT / 'CONTRIBUTING.md').read_text()
+    bib = dict(re.findall(r'^ {4}(\w+) = \{(.*)\},?$', page, re.M))
+    names = (
+        f'{author["family-names"]}, {author["given-names"]}'
+        for author in paper['authors']
+    )
+    assert bib == {
+        'author': ' and '.join(names),
+        'title': paper['title'],
+        'booktitle': paper['collection-title'],
+        'year': str(paper['year']),
+        'pages': f'{paper["start"]}-{paper["end"]}',
+    }
+    assert cff['version'] == polynl_mm.__version__
+    assert f'## {polynl_mm.__version__}' in (ROOT / 'CHANGELOG.md').read_text()
+
+
+def test_numbers_of_placement_are_those_measured():
+    """Each stands in the row of the table that was measured."""
+    page = (ROOT / 'configs' / 'placement.md').read_text()
+    card = (ROOT / 'tools' / 'README.md').read_text()
+    scaling = (ROOT / 'projects' / 'scaling' / 'README.md').read_text()
+
+    def cells(text, row):
+        line = re.search(rf'^\| {re.escape(row)} \|(.*)\|$', text, re.M)[1]
+        return [cell.strip().partition(' ±')[0] for cell in line.split('|')]
+
+    for row, on_card, on_cpu in (
+        (
+            'behind conv3, c3 to c5',
+            'Poly-NL, 13 blocks',
+            'Poly-NL, every block of c3 to c5',
+        ),
+        (
+            'the same, [fused](fusing.md)',
+            'Poly-NL fused, 13 blocks',
+            'Poly-NL, fused, every block of c3 to c5',
+        ),
+        (
+            'behind conv3, c4, fused',
+            'Poly-NL fused, 6 blocks of c4',
+            'Poly-NL, fused, every block of c4',
+        ),
+        ('behind the last conv3 of c4, fused', 'Poly-NL fused, end of c4', ''),
+        (
+            'end of res4, behind the residual sum',
+            '',
+            'Poly-NL, end of res4',
+        ),
+        (
+            '(ContextBlock, c3 to c5)',
+            'ContextBlock, 13 blocks',
+            'ContextBlock, every block of c3 to c5',
+        ),
+    ):
+        *_, training, inference, cpu = cells(page, row)
+        measured = cells(card, on_card)[:2] if on_card else ['', '']
+        assert [training, inference] == measured, row
+        # The time at 800 x 1344, of six columns.
+        assert cpu == (cells(scaling, on_cpu)[4] if on_cpu else ''), row
