@@ -224,12 +224,19 @@ MARK = 'needs the real data set'
 # What a line stands for that is no command of its own.
 PLACEHOLDER = re.compile(r'[A-Z][A-Z_]*(\.\w+)?')
 JOBS = {
-    'train.py': 'train.py',
-    'test.py': 'test.py',
     'dist_train.sh': 'train.py',
     'dist_test.sh': 'test.py',
     'slurm_train.sh': 'train.py',
     'slurm_test.sh': 'test.py',
+}
+READ_DATA = {
+    *JOBS,
+    'train.py',
+    'test.py',
+    'demo.py',
+    'check_wider_face.py',
+    'eval_wider_face.py',
+    'eval_cityscapes.py',
 }
 # Has the shell expand what a page has, and records each command in its place.
 RECORD = """
@@ -260,15 +267,12 @@ def shell_of(block):
             or re.match(r'(\w+=\S* +)*(python|bash|mim) ', line)
             or re.match(r'\w+=|for |done\b', line)
         ):
-            lines.append(line)
+            # Braces that begin a word stand for a choice of one.
+            before, *choice = re.split(r'(?<= )\{([^{}]*)\}', line, maxsplit=1)
+            each, after = choice or ('', '')
+            lines += [f'{before}{one}{after}' for one in each.split(',')]
             goes_on = line.endswith('\\')
-    # One of several, where the braces stand for a choice.
-    text = '\n'.join(lines)
-    choice = re.search(r'(?<= )\{([^{}]*)\}', text)
-    if choice:
-        before, after = text[: choice.start()], text[choice.end() :]
-        text = '\n'.join(f'{before}{c}{after}' for c in choice[1].split(','))
-    return text
+    return '\n'.join(lines)
 
 
 @cache
@@ -312,31 +316,26 @@ def tool_of(words):
     """Script and arguments, as the process that does the work has them."""
     runner, script, *args = words
     if runner == 'mim':
-        return ROOT / 'tools' / f'{script}.py', args[1:]
-    if script == '-m':
-        name, *args = args
-        if not name.startswith('polynl_mm.tools.'):
+        if script == 'run':
+            args[:2] = reversed(args[:2])
+            script, *args = args
+        if args[:1] != ['polynl_mm']:
             return None, args
-        script = f'tools/{name.rpartition(".")[2]}.py'
+        script, args = f'tools/{script}.py', args[1:]
+    elif script == '-m':
+        script, *args = args
+        script = script.replace('polynl_mm.tools.', 'tools/') + '.py'
     path = ROOT / script
-    if path.suffix == '.sh' and path.name in JOBS:
-        count = 1
-        if path.name.startswith('slurm'):
-            args = args[2:]
-        if path.name == 'dist_train.sh':
-            config, processes, *args = args
-            args = [config, *args]
-        elif path.name == 'dist_test.sh':
-            config, checkpoint, processes, *args = args
-            args = [config, checkpoint, *args]
-        elif path.name == 'slurm_train.sh':
-            config, folder, *args = args
-            args = [config, '--work-dir', folder, *args]
-        if path.name.startswith('dist'):
-            count = processes
-        assert re.fullmatch(r'[1-9]\d*|GPUS', str(count)), words
-        path = path.with_name(JOBS[path.name])
-    return path, args
+    if path.name not in JOBS or path.suffix == '.py':
+        return path if path.suffix == '.py' and path.is_file() else None, args
+    if path.name.startswith('slurm'):
+        args = args[2:]
+        if path.name == 'slurm_train.sh':
+            args.insert(1, '--work-dir')
+    else:
+        processes = args.pop(1 if path.name == 'dist_train.sh' else 2)
+        assert re.fullmatch(r'[1-9]\d*|GPUS', processes), words
+    return path.with_name(JOBS[path.name]), args
 
 
 class Parsed(BaseException):
@@ -367,6 +366,9 @@ def parse(monkeypatch):
     monkeypatch.setattr(parser, 'parse_args', parse_args)
 
     def parse(script, args):
+        if 'parse_args' not in script.read_text():
+            assert not args, f'{script} takes no arguments'
+            return None
         monkeypatch.setattr(sys, 'argv', [str(script), *args])
         monkeypatch.setattr(sys, 'path', [str(script.parent), *sys.path])
         try:
@@ -398,38 +400,94 @@ def check_options(namespace):
     )
 
 
-@each_page
-def test_commands(page, parse):
-    """The tool's own parser takes them, and their settings have a place."""
-    pytest.importorskip('mmdet')
-    pytest.importorskip('mmseg')
+def wrong_commands(page, parse):
+    """Those that the tool's own parser refuses, or with keys of no place."""
+    wrong = []
     for _, words in commands(page):
         for each in required_and_all(words):
-            script, args = tool_of(each)
-            if script is None or (script.suffix == '.sh'):
-                continue
             try:
-                check_options(parse(script, args))
+                script, args = tool_of(each)
+                if script:
+                    check_options(parse(script, args))
             except (Exception, SystemExit) as error:
-                raise AssertionError(f'{" ".join(each)}: {error}') from error
+                wrong.append((' '.join(each), str(error)))
+    return wrong
+
+
+def wrongly_marked(page):
+    """Commands on real data that do not say so, on the mini sets that do."""
+    wrong = []
+    for marked, words in commands(page):
+        tools = {Path(word).name for word in words[:2]} & READ_DATA
+        real = any(REAL_DATA.match(word) for word in words)
+        mini = any('/mini' in word for word in words)
+        if tools and real and not marked:
+            wrong.append(' '.join(words))
+        if marked and mini:
+            wrong.append(' '.join(words))
+    return wrong
+
+
+@each_page
+def test_commands(page, parse):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    assert not wrong_commands(page, parse)
 
 
 @each_page
 def test_commands_are_marked(page):
-    """Those that need the real data set say so; of the mini sets none does."""
-    for marked, words in commands(page):
-        jobs = {Path(word).name for word in words[:2]} & {
-            *JOBS,
-            'demo.py',
-            'check_wider_face.py',
-            'eval_wider_face.py',
-            'eval_cityscapes.py',
-        }
-        real = any(REAL_DATA.match(word) for word in words)
-        if jobs and real:
-            assert marked, ' '.join(words)
-        if any('/mini' in word for word in words):
-            assert not marked, ' '.join(words)
+    assert not wrongly_marked(page)
+
+
+def test_wrong_commands_are_found(tmp_path, parse):
+    pytest.importorskip('mmdet')
+    page = tmp_path / 'page.md'
+    coco = 'configs/coco/mask-rcnn_r50-plain_fpn_1x_coco.py'
+    page.write_text(
+        f"""
+    # {MARK}
+    C={coco}
+    bash tools/dist_train.sh $C 8 [--amp]
+    GPUS=2 bash tools/slurm_test.sh PARTITION JOB $C CKPT --tta
+    python tools/test.py configs/mini/no.py CKPT
+
+and
+
+    for n in 1 2; do
+        python tools/train.py $C --resum$n
+    done
+    python tools/train.py CONFIG --cfg-options \\
+        model.backbone.depth=101 [--frobnicate]
+    python tools/make_mini_data.py {{coco,cocoa}} --out DIR --seed N
+    bash tools/dist_train.sh CONFIG many
+    mim run polynl_mm test CONFIG CKPT --no-such
+    python -m polynl_mm.tools.demo IMAGE CONFIG CKPT
+
+```sh
+# {MARK}
+python tools/train.py {coco} --cfg-options model.backbon.depth=101
+python tools/train.py {coco} --cfg-options "model.backbone.plugins=[]"
+```
+"""
+    )
+    wrong = [each.partition(' ')[2] for each, _ in wrong_commands(page, parse)]
+    assert [*dict.fromkeys(wrong)] == [
+        f'tools/train.py {coco} --cfg-options model.backbon.depth=101',
+        f'tools/train.py {coco} --resum1',
+        f'tools/train.py {coco} --resum2',
+        'tools/train.py CONFIG --cfg-options model.backbone.depth=101 '
+        '--frobnicate',
+        'tools/make_mini_data.py cocoa --out DIR --seed N',
+        'tools/dist_train.sh CONFIG many',
+        'run polynl_mm test CONFIG CKPT --no-such',
+        '-m polynl_mm.tools.demo IMAGE CONFIG CKPT',
+    ]
+    assert wrongly_marked(page) == [
+        'python tools/test.py configs/mini/no.py CKPT',
+        f'python tools/train.py {coco} --resum1',
+        f'python tools/train.py {coco} --resum2',
+    ]
 
 
 def test_citation():

@@ -44,7 +44,7 @@ def skipped_steps(before: dict, after: dict, scale: float) -> str:
     end = optimizer['loss_scaler']['scale']
     if not 0 < end < scale:
         raise ValueError(
-            f'the scale went from {scale:g} to {end:g}, expected less'
+            f'the scale went from {scale:g} to {end:g}, not down, as it must'
         )
     # Without those that were skipped.
     steps = [int(state['step']) for state in optimizer['state'].values()]
