@@ -462,8 +462,8 @@ def test_bad_arguments_are_named(arguments, message):
 @pytest.mark.parametrize(
     'shape, arguments, message',
     [
-        ((2, 6, 13), {}, r'embed_dims=6 for \(B, N, 6\).*\(2, 6, 13\)'),
-        ((2, 3, 4, 6), {}, r'got input of shape \(2, 3, 4, 6\)'),
+        ((2, 6, 13), {}, r'\(B, N, 6\).*embed_dims=6, got \(2, 6, 13\)'),
+        ((2, 3, 4, 6), {}, r'embed_dims=6, got \(2, 3, 4, 6\)'),
         ((2, 9, 6), {}, "num_tokens=13, got 9 tokens; pooling='mean'"),
         (
             (2, 13, 6),

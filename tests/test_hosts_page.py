@@ -111,3 +111,19 @@ def test_code(code, count, tmp_path):
         (y - z).abs().max() > 0.01 * z.abs().max()
         for y, z in zip(changed, identity, strict=True)
     )
+
+
+def test_padding_of_tokens_is_told(tmp_path):
+    """As the page says of DETR."""
+    pytest.importorskip('mmdet')
+    from mmdet.structures import DetDataSample
+
+    x = torch.randn(2, 3, *SIZE)
+    shapes = (SIZE, (32, 64))
+    samples = [
+        DetDataSample(metainfo=dict(img_shape=s, batch_input_shape=SIZE))
+        for s in shapes
+    ]
+    model = built(sections()['DETR'][0], tmp_path).eval()
+    with torch.no_grad(), pytest.warns(match='no map of whole pictures'):
+        model(x, samples, mode='tensor')
