@@ -70,8 +70,10 @@ class ClassesHook(Hook):
             'the data set of test_dataloader'
         )
         if sorted(learnt) == sorted(asked):
-            raise StartError(f'{differ}: the same classes in another order')
-        runner.logger.warning(f'{differ}: do these mean the same?')
+            raise StartError(
+                f'{differ}: expected the classes in the order of training'
+            )
+        runner.logger.warning(f'{differ}: check that they mean the same')
 
 
 class CollectHook(Hook):

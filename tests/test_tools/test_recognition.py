@@ -153,7 +153,7 @@ def test_classes_of_a_checkpoint(checkpoint, call, here):
     assert code == 2
     assert lines[-1] == (
         "test.py: error: class 1 is 'c' in some.pth, but 'b' in the data set "
-        'of test_dataloader: the same classes in another order'
+        'of test_dataloader: expected the classes in the order of training'
     )
     content['meta']['dataset_meta']['classes'] = ('a', 'b', 'c')
     torch.save(content, checkpoint)
