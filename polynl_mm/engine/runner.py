@@ -73,7 +73,7 @@ class ClassesHook(Hook):
             raise StartError(
                 f'{differ}: expected the classes in the order of training'
             )
-        runner.logger.warning(f'{differ}: check that they mean the same')
+        runner.logger.warning(f'{differ}: expected names that mean the same')
 
 
 class CollectHook(Hook):
