@@ -256,12 +256,13 @@ class PolySA(InContext, nn.Module):
                 f'PolySA has learnt vectors for num_tokens={self.p1.shape[1]},'
                 f" got {x.shape[1]} tokens; pooling='mean' is for any number"
             )
+        around = self._around_tokens(x, hw_shape, key_padding_mask)
         return dict(
             num_heads=self.num_heads,
             norm=self.norm
             and HeadNorm(self.norm.weight, self.norm.bias, self.norm.eps),
             positions=None if self.p1 is None else (self.p1, self.p2),
-            **self._around_tokens(x, hw_shape, key_padding_mask),
+            **self._watched(around, x),
         )
 
     def _around_tokens(self, x, hw_shape, mask) -> dict:

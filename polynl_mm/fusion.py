@@ -195,9 +195,10 @@ class FusedPolyNL(InContext, nn.Module):
         conv = Conv(self.a, self.b)
         p = Params(*(getattr(self, name) for name in Params._fields))
         if self.behind:
-            return poly_nl_behind(h, conv, p, **self._around(h))
+            around = self._watched(self._around(h), h, p, conv)
+            return poly_nl_behind(h, conv, p, **around)
         x = convolution(h, *conv)
-        return poly_nl(x, p, **self._around(x))
+        return poly_nl(x, p, **self._watched(self._around(x), x, p))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Raised, not collected: mmengine only logs what is collected.

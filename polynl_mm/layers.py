@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from .padding import pictures_of
 
 __all__ = [
     'Around',
+    'Call',
     'InContext',
     'PolyNL',
     'PolyNL1d',
@@ -68,6 +69,30 @@ Around = Callable[
 ]
 
 
+class Call(NamedTuple):
+    """What a call of a layer gave to the operation, for who watches it.
+
+    Attributes:
+        x (Tensor): (B, c, \\*spatial), what the gate was taken of; of tokens
+            (B, N, C).
+        p (Params, optional): Those of ``x``. None where they are not all of
+            what the layer computes: the branch is normalised, convolutions
+            are called, or it is no Poly-NL layer.
+        conv (Conv, optional): The convolution that makes the features of
+            ``x``; None where ``x`` is the features.
+        weights (Tensor, optional): What each position counts in the gate.
+        pooled (bool): Whether the gate is that of several calls.
+        gate (Tensor): (B, C).
+    """
+
+    x: Tensor
+    p: Params | None
+    conv: Conv | None
+    weights: Tensor | None
+    pooled: bool
+    gate: Tensor
+
+
 def is_more_than_weights(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether what it computes is not what ``kind`` does with its weights."""
     return bool(
@@ -91,9 +116,13 @@ class InContext:
             given the layer and its input, returns ``pool`` and ``weights`` of
             :func:`polynl_mm.ops.poly_nl`, or None for either; padding is then
             its concern. It is what :func:`polynl_mm.shared_context` sets.
+        watch (callable, optional): Told of every :class:`Call`, once its gate
+            is known. For the time of few calls: whoever sets it puts back
+            what was there.
     """
 
     around: Around | None = None
+    watch: Callable[[Call], None] | None = None
 
     def __init__(self) -> None:
         """Have the models of mmengine tell layers the sizes of pictures."""
@@ -113,6 +142,26 @@ class InContext:
             return {} if not pictures else dict(weights=pictures.weights(x))
         pool, weights = around(self, x)
         return dict(pool=pool, weights=weights)
+
+    def _watched(
+        self,
+        around: dict,
+        x: Tensor,
+        p: Params | None = None,
+        conv: Conv | None = None,
+    ) -> dict:
+        """Arguments of the operation that tell who watches of its gate."""
+        watch, pool = self.watch, around.get('pool')
+        if watch is None:
+            return around
+
+        def tell(gate):
+            gate = gate if pool is None else pool(gate)
+            weights, pooled = around.get('weights'), pool is not None
+            watch(Call(x, p, conv, weights, pooled, gate))
+            return gate
+
+        return {**around, 'pool': tell}
 
 
 class PolyNL(InContext, nn.Module):
@@ -315,14 +364,16 @@ class PolyNL(InContext, nn.Module):
             form = choose_for(x, forms, x.shape[1], out, backward=True)
             if conv is not None and form.behind:
                 p = project(conv, self.params)
-                around = self._around(x)
+                around = self._watched(self._around(x), x, p, conv)
                 return poly_nl_behind(x, conv, p, form.name, **around)
             x = self.source(x)
         around = self._around(x)
         if calls:
-            return self._by_calls(x, around)
+            return self._by_calls(x, self._watched(around, x))
         if self.norm is None:
-            return poly_nl(x, self.params, self.form, **around)
+            p = self.params
+            return poly_nl(x, p, self.form, **self._watched(around, x, p))
+        around = self._watched(around, x)
         # The branch is cubic in x: until it is normalised, it may exceed what
         # float16 holds, whatever the size of x and Y.
         dtype = torch.promote_types(x.dtype, torch.float32)

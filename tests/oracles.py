@@ -38,6 +38,26 @@ def poly_nl_loop(x, w1, w2, w3, alpha, beta, b1=None, b2=None, b3=None):
     return y.transpose(1, 2).reshape(x.shape)
 
 
+def contributions_loop(x, n, w1, w2, w3, beta, b1=None, b2=None, weights=None):
+    """What each position of an image adds to the branch at position n.
+
+    beta * a_m / sum(a) * (((x_m W1 + b1) * (x_m W2 + b2)) * x_n) W3, row by
+    row, in float64; without weights each a_m is 1.
+
+    Shape: x (C, N), w (C, C) as of convolutions, weights (N,) -> (N, C).
+    """
+    rows = x.t()
+    zero = torch.zeros(x.shape[0], dtype=torch.float64)
+    b1, b2 = (zero if b is None else b for b in (b1, b2))
+    counts = [1.0] * len(rows) if weights is None else weights.tolist()
+    added = []
+    for position, count in zip(rows, counts):
+        product = (position @ w1.t() + b1) * (position @ w2.t() + b2)
+        product = product * count / sum(counts)
+        added.append(beta * ((product * rows[n]) @ w3.t()))
+    return torch.stack(added)
+
+
 def poly_sa_loop(
     x, wq, wk, wv, wo, bq=None, bk=None, bv=None, bo=None, *, heads,
     norm=None, weights=None, p1=None, p2=None,

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     'registry': {'layers', 'attention'},
     'samples': {'ops', 'padding', 'layers'},
     'context': {'ops', 'padding', 'layers'},
+    'influence': {'ops', 'layers'},
     'plugins': {'layers'},
     'loading': {'limits', 'registry'},
     'peers': {'registry'},
@@ -38,7 +39,8 @@ MAY_IMPORT = {
     'classification': BLOCK,
     'faces': BLOCK,
     'segmentation': BLOCK,
-    'engine': BLOCK | {'classification', 'detection', 'faces', 'segmentation'},
+    'engine': BLOCK
+    | {'influence', 'classification', 'detection', 'faces', 'segmentation'},
 }
 # What a room may import from elsewhere, beside the standard library, where
 # that is not left to it.
@@ -48,6 +50,7 @@ ELSEWHERE = {
     'layers': {'torch', 'mmcv'},
     'attention': {'torch'},
     'context': {'torch'},
+    'influence': {'torch'},
     'plugins': {'torch'},
 }
 

@@ -137,6 +137,28 @@ fold. In backward it is :math:`\bar g` that is averaged so; nothing else
 changes. Where positions do not count alike (padding), g, S and m are weighted
 means.
 
+**What each position adds.** Before the mean is taken, position m adds
+
+.. math::
+    t_m = \tfrac1N (W_1 x_m + b_1) \odot (W_2 x_m + b_2)
+
+to the gate, and so
+
+.. math::
+    \beta W_3 (t_m \odot x_n)
+
+to the branch at position n: their sum over m is the branch there but for
+:math:`\beta b_3`, which comes from no position. All :math:`t_m` cost
+:math:`2NC^2`; seen from n along a direction d in the output, it is
+
+.. math::
+    \langle \beta W_3 (t_m \odot x_n), d \rangle =
+        \langle t_m, \beta x_n \odot W_3^T d \rangle
+
+of all m, :math:`C^2 + NC`: no matrix of N x N is needed to look at one row of
+it. For d the gradient of any number by :math:`y_n`, summed over n, the vector
+to the right is the gradient of that number by the gate.
+
 **Precision.** The branch is cubic in X: in float16 the product of two
 projections overflows at magnitudes of 256. For float16 and bfloat16 input,
 everything between X and the output (S, g and M; the product, its mean and the
@@ -156,7 +178,7 @@ from torch import Tensor
 
 from .autograd import apply_gate, evaluated, gate_of, project
 from .choice import BEHIND, ON_X, choose_for
-from .gate import Conv, Params, finite_if_idle
+from .gate import Conv, Params, finite_if_idle, gate_terms
 from .precision import (
     HALF,
     autocast_dtype,
@@ -174,6 +196,7 @@ __all__ = [
     'poly_nl',
     'poly_nl_behind',
     'poly_nl_calling',
+    'poly_nl_terms',
     'project',
 ]
 
@@ -300,6 +323,29 @@ def poly_nl_calling(
     gain = g.reshape(*g.shape, *(1,) * (x.dim() - 2))
     branch = finite_if_idle(w3((x * gain).to(x.dtype)), beta)
     return (alpha * x + beta * branch).to(u.dtype)
+
+
+def poly_nl_terms(
+    x: Tensor, p: Params, weights: Tensor | None = None
+) -> Tensor:
+    r"""What each position adds to the gate: see the package's description.
+
+    Args:
+        x (Tensor): Of float32 or float64, as of :func:`poly_nl`, or of
+            :func:`poly_nl_behind`.
+        p (Params): As there, of the dtype of ``x``.
+        weights (Tensor, optional): As there.
+
+    Shape:
+        - x: (B, c, \*spatial), c that of p.w1 (C, c).
+        - result: (B, C, \*spatial). Over the positions it sums up to the gate.
+    """
+    n = math.prod(x.shape[2:])
+    if weights is not None:
+        weights, n = _counts(weights, x)
+        n = torch.where(n > 0, n, 1)
+    with no_autocast(x):
+        return gate_terms(x, p, weights, n)
 
 
 def _poly_nl(x, conv, p, form, pool, weights):

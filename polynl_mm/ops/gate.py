@@ -33,7 +33,9 @@ __all__ = [
     'gate_adjoint',
     'gate_of_moments',
     'gate_of_projections',
+    'gate_terms',
     'gated',
+    'gated_adjoint',
     'normed',
     'projected',
     'projected_adjoint',
@@ -128,11 +130,25 @@ def gate_of_projections(
     x: Tensor, p: Params, weights: Tensor | None, n: int | Tensor
 ) -> Tensor:
     """The gate (B, C) as the paper has it: the mean of W1 x * W2 x."""
-    u, v = convolution(x, p.w1, p.b1), convolution(x, p.w2, p.b2)
-    uv = u.to(p.w1.dtype) * v.to(p.w1.dtype)
+    uv = _products(x, p)
     if weights is None:
         return uv.flatten(2).mean(2)
     return (uv * weights).flatten(2).sum(2) / n
+
+
+def gate_terms(
+    x: Tensor, p: Params, weights: Tensor | None, n: int | Tensor
+) -> Tensor:
+    """What each position adds to the gate, (B, C, \\*spatial)."""
+    uv = _products(x, p)
+    if weights is None:
+        return uv / n
+    return uv * weights / n.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def _products(x, p):
+    u, v = convolution(x, p.w1, p.b1), convolution(x, p.w2, p.b2)
+    return u.to(p.w1.dtype) * v.to(p.w1.dtype)
 
 
 def gate_of_moments(
@@ -215,6 +231,15 @@ def gated(x: Tensor, g: Tensor, p: Params) -> Tensor:
     else:
         branch = convolution(x * gain, p.w3, p.b3)
     return (p.alpha * x + p.beta * branch).to(x.dtype)
+
+
+def gated_adjoint(x: Tensor, dy: Tensor, p: Params) -> Tensor:
+    """What each position has to say on the gate, by a gradient dy of Y.
+
+    Shape: x, dy (B, C, K) -> (B, C, K); over all positions of an image the
+    sum is the gradient of the gate.
+    """
+    return p.beta * x * matmul(transposed(p.w3), dy)
 
 
 def fold(
