@@ -6,9 +6,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.dist import (
+    all_gather_object,
+    all_reduce,
+    get_world_size,
+    is_main_process,
+)
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
@@ -16,7 +22,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from polynl_mm.fusion import FusionReport, fuse_poly_nl
-from polynl_mm.layers import PolyNL
+from polynl_mm.influence import gate_spread, share
+from polynl_mm.layers import Call, InContext, PolyNL
 from polynl_mm.registry import HOOKS
 
 from .checkpoints import last_good
@@ -26,13 +33,27 @@ from .resuming import random_state, set_random_state
 
 @HOOKS.register_module()
 class PolyNLHook(Hook):
-    """Log alpha and beta of every Poly-NL layer, and warn of mistakes.
+    """Log what every Poly-NL layer does, and warn of mistakes.
 
     The values go to the visualizer (``vis_data/scalars.json``, TensorBoard,
-    and so on; not to the text log) as ``poly_nl/<path of the layer>.alpha``
-    and ``.beta``: a layer whose beta stays near 0 adds nothing. Before the
-    training starts it warns of weight decay on them, and of layers that are
-    frozen at beta = 0.
+    and so on; not to the text log) as ``poly_nl/<path of the layer>.<value>``:
+
+    - ``alpha`` and ``beta``, as the step has left them;
+    - ``share``, the length of the branch by that of the output, over all
+      positions of the batch: a layer whose share stays near 0 adds nothing.
+      Not of a layer with ``norm_cfg``, or whose convolutions are more than
+      their weights;
+    - ``gate_spread``, see :func:`polynl_mm.influence.gate_spread`. This of
+      Poly-SA layers as well.
+
+    The last two are of the forward before the step, in the first of several
+    processes; of a layer that is called several times (levels of a pyramid)
+    the mean over the calls. They cost a 1x1 convolution and two sums over the
+    features, in the iterations that are logged, and nothing in the others. A
+    training that is compiled logs the first two only.
+
+    Before the training starts it warns of weight decay on alpha and beta, and
+    of layers that are frozen at beta = 0.
 
     It does nothing to a model without such layers.
 
@@ -62,6 +83,7 @@ class PolyNLHook(Hook):
         self.fuse_train = fuse_train
         self.fuse_test = fuse_test
         self._whole = None
+        self._seen = {}
 
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch=None
@@ -111,6 +133,18 @@ class PolyNLHook(Hook):
                 'learn and change nothing (see frozen_stages of their host)'
             )
 
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None
+    ) -> None:
+        """Watch the layers, if this iteration is to be logged."""
+        if (
+            self.every_n_train_iters(runner, self.interval)
+            and is_main_process()
+            and not runner.cfg.get('compile')
+        ):
+            for name, layer in _layers(runner.model, InContext).items():
+                layer.watch = partial(self._see, name)
+
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
@@ -118,16 +152,29 @@ class PolyNLHook(Hook):
         if not self.every_n_train_iters(runner, self.interval):
             return
         values = {
-            f'poly_nl/{name}.{key}': getattr(layer, key)
+            f'{name}.{key}': getattr(layer, key).detach()
             for name, layer in _layers(runner.model).items()
             for key in ('alpha', 'beta')
         }
+        for layer in _layers(runner.model, InContext).values():
+            layer.watch = None
+        for name, seen in self._seen.items():
+            values[name] = torch.stack(seen).mean().reshape(1)
+        self._seen = {}
         if values:
             # One copy from the device for all of them.
-            numbers = torch.cat([*values.values()]).tolist()
+            numbers = torch.cat([*values.values()])
+            keys = [f'poly_nl/{name}' for name in values]
             runner.visualizer.add_scalars(
-                dict(zip(values, numbers)), step=runner.iter + 1
+                dict(zip(keys, numbers.tolist())), step=runner.iter + 1
             )
+
+    def _see(self, name: str, call: Call) -> None:
+        """Keep what there is to tell of a call, on the device."""
+        values = dict(share=share(call), gate_spread=gate_spread(call.gate))
+        for key, value in values.items():
+            if value is not None:
+                self._seen.setdefault(f'{name}.{key}', []).append(value)
 
 
 @HOOKS.register_module()
@@ -325,11 +372,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
+def _layers(model: nn.Module, kind: type = PolyNL) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in _unwrapped(model).named_modules()
-        if isinstance(module, PolyNL)
+        if isinstance(module, kind)
     }
 
 

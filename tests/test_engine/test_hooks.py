@@ -2,6 +2,8 @@
 
 import json
 import logging
+import sys
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +16,14 @@ from mmengine.dataset import pseudo_collate  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+from polynl_mm.attention import PolySA  # noqa: E402
 from polynl_mm.engine import hooks  # noqa: E402
 from polynl_mm.engine.cli import StartError  # noqa: E402
 from polynl_mm.engine.runner import GlooRunner  # noqa: E402
+from polynl_mm.fusion import fuse_poly_nl  # noqa: E402
 from polynl_mm.layers import PolyNL1d, PolyNL2d  # noqa: E402
 
 NO_DECAY = {
@@ -49,10 +54,19 @@ class Model(BaseModel):
         return {'loss': self.last(self.first(x)).square().mean()}
 
 
-def train(folder, model, decay=0.1, keys=None, lr=0.0, interval=2):
+def train(
+    folder,
+    model,
+    decay=0.1,
+    keys=None,
+    lr=0.0,
+    interval=2,
+    kind=Runner,
+    **more,
+):
     """Five iterations; the log, and the scalars of layers by step."""
     data = [dict(inputs=torch.ones(3, 4, 4))] * 10
-    runner = Runner(
+    runner = kind(
         model,
         str(folder),
         train_dataloader=DataLoader(data, 2, collate_fn=pseudo_collate),
@@ -64,6 +78,7 @@ def train(folder, model, decay=0.1, keys=None, lr=0.0, interval=2):
         default_hooks=dict(checkpoint=None),
         custom_hooks=[dict(type='polynl_mm.PolyNLHook', interval=interval)],
         experiment_name=folder.name,
+        **more,
     )
     told = []
     handler = logging.Handler(logging.WARNING)
@@ -91,7 +106,142 @@ def test_values_are_logged(tmp_path):
         'poly_nl/last.poly_nl.alpha': 3.0,
         'poly_nl/last.poly_nl.beta': -0.5,
     }
-    assert scalars == {2: values, 4: values}
+    assert [*scalars] == [2, 4]
+    for logged in scalars.values():
+        assert values.items() <= logged.items()
+        assert {key.rpartition('.')[2] for key in logged} == {
+            'alpha',
+            'beta',
+            'share',
+            'gate_spread',
+        }
+
+
+def expected(layer, x):
+    """Share and spread of a layer on some features, the slow way."""
+    with torch.no_grad():
+        x = x.double()
+        w1, w2, w3 = (w.double() for w in layer.params[:3])
+        gates = [(w1 @ f * (w2 @ f)).mean(1) for f in x.flatten(2)]
+        y = layer.double()(x)
+        branch = y - layer.alpha * x
+    spreads = [
+        (g.square().mean() - g.mean() ** 2).sqrt() / g.abs().mean()
+        for g in gates
+    ]
+    return dict(
+        share=(branch.norm() / y.norm()).item(),
+        gate_spread=(sum(spreads) / len(spreads)).item(),
+    )
+
+
+class Levels(BaseModel):
+    """One layer behind a convolution, called for two levels, and Poly-SA."""
+
+    def __init__(self, checkpointed=False, fused=False):
+        super().__init__()
+        self.stage = nn.Sequential(
+            nn.Conv2d(3, 4, 1), PolyNL2d(4, beta_init=1.5, bias=True)
+        )
+        nn.init.normal_(self.stage[1].w3.bias)
+        self.attention = PolySA(4, 2)
+        if fused:
+            assert fuse_poly_nl(self, trainable=True)[1].fused
+        self.checkpointed = checkpointed
+
+    def forward(self, inputs, mode='loss'):
+        h = torch.stack(inputs)
+        levels = []
+        for each in (h, h[..., ::2, ::2] ** 2):
+            if self.checkpointed:
+                levels.append(
+                    checkpoint(self.stage, each, use_reentrant=False)
+                )
+            else:
+                levels.append(self.stage(each))
+        tokens = self.attention(levels[0].flatten(2).mT)
+        return {'loss': sum(y.square().mean() for y in (*levels, tokens))}
+
+
+@pytest.mark.parametrize(
+    'way', ('plain', 'fused', 'checkpointed', 'bfloat16', 'frozen')
+)
+def test_share_and_spread(tmp_path, way):
+    """Means over the calls, whatever the training does with the layer."""
+    torch.manual_seed(0)
+    model = Levels(checkpointed=way == 'checkpointed', fused=way == 'fused')
+    layer = model.stage[1]
+    if way == 'frozen':
+        layer.requires_grad_(False)
+    h = torch.randn(2, 3, 4, 4)
+    model.register_forward_pre_hook(
+        lambda model, args, kwargs: ((), {**kwargs, 'inputs': [*h]}),
+        with_kwargs=True,
+    )
+    if way == 'bfloat16':
+        # mmengine's own wrapper is for GPUs.
+        forward = model.forward
+        model.forward = torch.autocast('cpu', torch.bfloat16)(forward)
+    seen = train(tmp_path, model, keys={}, decay=0)[1]
+    assert layer.watch is None and model.attention.watch is None
+    unfused = deepcopy(model.stage[0])
+    wants = []
+    for each in (h, h[..., ::2, ::2] ** 2):
+        weight = unfused.weight.flatten(1).double()
+        x = torch.einsum('oi,bihw->bohw', weight, each.double())
+        x = x + unfused.bias.double()[:, None, None]
+        plain = PolyNL2d(4, bias=True)
+        plain.load_state_dict(layer.state_dict())
+        wants.append(expected(plain, x.detach()))
+    tolerance = 2e-2 if way == 'bfloat16' else 1e-5
+    for key in ('share', 'gate_spread'):
+        want = sum(each[key] for each in wants) / 2
+        got = seen[2][f'poly_nl/stage.1.{key}']
+        assert got == pytest.approx(want, rel=tolerance), key
+        assert 0.05 < got < 3
+    assert 'poly_nl/attention.gate_spread' in seen[2]
+    assert 'poly_nl/attention.share' not in seen[2]
+
+
+def test_nothing_is_watched_between(tmp_path, monkeypatch):
+    """The layers are told in the logged iterations alone."""
+    told = []
+    monkeypatch.setattr(
+        hooks.PolyNLHook, '_see', lambda self, name, call: told.append(name)
+    )
+    train(tmp_path, Model(beta=0.25), keys=NO_DECAY, interval=4)
+    assert told == ['first.poly_nl', 'last.poly_nl']
+
+
+def test_values_reach_tensorboard(tmp_path, monkeypatch):
+    """By mmengine's own backend; the writer is one that notes."""
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            pass
+
+        def add_scalar(self, *args):
+            written.append(args)
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setitem(
+        sys.modules,
+        'torch.utils.tensorboard',
+        SimpleNamespace(SummaryWriter=SummaryWriter),
+    )
+    backends = ('LocalVisBackend', 'TensorboardVisBackend')
+    visualizer = dict(
+        type='Visualizer', vis_backends=[dict(type=each) for each in backends]
+    )
+    _, scalars = train(
+        tmp_path, Model(beta=0.25), keys=NO_DECAY, visualizer=visualizer
+    )
+    for step, logged in scalars.items():
+        for key, value in logged.items():
+            assert (key, value, step) in written
 
 
 def test_values_are_those_after_the_step(tmp_path):
