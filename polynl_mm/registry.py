@@ -29,6 +29,7 @@ _HOST_OF = {
     'polynl_mm.engine.checkpoints': 'mmengine',
     'polynl_mm.engine.resuming': 'mmengine',
     'polynl_mm.engine.hooks': 'mmengine',
+    'polynl_mm.engine.influence': 'mmcv',
     'polynl_mm.engine.loops': 'mmengine',
     'polynl_mm.peers': 'mmdet',
     'polynl_mm.classification.dataset': 'mmengine',
