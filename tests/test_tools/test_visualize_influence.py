@@ -1,0 +1,127 @@
+"""Overlays of both hosts' models, and what is refused."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+
+from mmengine.config import Config  # noqa: E402
+from mmengine.registry import MODELS, DefaultScope  # noqa: E402
+
+from polynl_mm.engine import cli  # noqa: E402
+
+TOOL = Path(__file__).parents[2] / 'tools/visualize_influence.py'
+# The same place, another block.
+NON_LOCAL = """
+_base_ = '{base}'
+model = dict(backbone=dict(plugins=[dict(
+    cfg=dict(type='NonLocal2d', zeros_init=False),
+    stages=(False, False, False, True), position='after_conv3')]))
+"""
+
+
+@pytest.fixture(scope='module')
+def files(place, tmp_path_factory):
+    """Configs and checkpoints of either host, and a picture."""
+    folder = tmp_path_factory.mktemp('influence')
+    base = (place / 'seg.py').as_posix()
+    (folder / 'nl.py').write_text(NON_LOCAL.format(base=base))
+    configs = dict(
+        det=place / 'det.py', seg=place / 'seg.py', nl=folder / 'nl.py'
+    )
+    for name, config in configs.items():
+        cfg = Config.fromfile(config)
+        torch.manual_seed(0)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            model = MODELS.build(cfg.model)
+        for path, parameter in model.named_parameters():
+            if path.endswith('poly_nl.beta'):
+                torch.nn.init.ones_(parameter)
+        torch.save(dict(state_dict=model.state_dict()), folder / f'{name}.pth')
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    cv2.imwrite(str(folder / 'some.png'), image)
+    return {**configs, 'folder': folder}
+
+
+@pytest.fixture
+def look(files, monkeypatch, capfd, tmp_path):
+    """Run the tool on a host's model; give its output or its line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+
+    def look(host, *args, image='some.png', checkpoint=None):
+        folder = files['folder']
+        command = [
+            *(TOOL.name, folder / image, files[host]),
+            *(folder / f'{checkpoint or host}.pth', '--out', 'out', *args),
+        ]
+        monkeypatch.setattr(sys, 'argv', [*map(str, command)])
+        main = runpy.run_path(str(TOOL))['main']
+        capfd.readouterr()
+        try:
+            cli.run(main)
+        except SystemExit as error:
+            assert error.code == 2
+            assert not Path('out').exists()
+            lines = capfd.readouterr().err.splitlines()
+            return [line for line in lines if 'error: ' in line][-1]
+        return capfd.readouterr().out
+
+    return look
+
+
+AT = ('--at', 9, 30)
+
+
+def test_segmentor_beside_attention(look, files):
+    out = look(
+        'seg', *AT, '--at', 63, 0, '--beside', files['nl'],
+        files['folder'] / 'nl.pth',
+    )  # fmt: skip
+    assert 'seg.py: backbone.layer3.5.poly_nl' in out
+    assert 'layer4.2.nonlocal_block' in out
+    for name in ('some_9_30.png', 'some_63_0.png'):
+        assert f'out/{name}: sum ' in out
+        assert cv2.imread(f'out/{name}').shape == (64, 3 * 64 + 2 * 4, 3)
+
+
+def test_detector(look):
+    out = look('det', *AT, '--layer', 'backbone.layer3.0.poly_nl')
+    assert 'det.py: backbone.layer3.0.poly_nl' in out
+    drawn = cv2.imread('out/some_9_30.png')
+    assert drawn.shape == (64, 2 * 64 + 4, 3)
+    # Not grey: something adds, or takes away.
+    assert np.ptp(drawn[:, 68:].astype(int), axis=2).max() > 50
+
+
+def test_score_of_a_class(look):
+    assert 'out/some_9_30.png: sum ' in look('seg', *AT, '--of', 'class')
+
+
+def test_bad_input(look, files):
+    assert 'error: ' in look('seg')
+    assert (
+        'point 64 0 is not in the picture, which has x 0..63 and y 0..63'
+        in look('seg', '--at', 64, 0)
+    )
+    assert "no Poly-NL layer 'neck'; there are backbone.layer3.0" in look(
+        'det', *AT, '--layer', 'neck'
+    )
+    assert 'the score of a class is known of models' in look(
+        'det', *AT, '--of', 'class'
+    )
+    assert 'does not fit the model' in look('seg', *AT, checkpoint='det')
+    assert 'No such file' in look('seg', *AT, image='none.png')
+    # Windows: a map of each, of which none is that of the picture.
+    line = look(
+        'seg', *AT, '--cfg-options', 'model.test_cfg.mode=slide',
+        'model.test_cfg.crop_size=32,32', 'model.test_cfg.stride=32,32',
+    )  # fmt: skip
+    assert 'was called 4 times (levels of a pyramid, windows)' in line

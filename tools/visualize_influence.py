@@ -1,0 +1,151 @@
+"""Draw where a Poly-NL layer looks from chosen points of a picture.
+
+For each point a picture with a mark at it, and beside it what each position
+adds there to the branch of the layer, along that branch: red adds, blue takes
+away, nothing is drawn at 0. The sum is the length of the branch.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
+    # A checkout, installed or not; in a wheel the package lies around here.
+    sys.path.insert(0, ROOT)
+
+import cv2
+import numpy as np
+from mmengine.device import get_device
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import load_checkpoint
+
+from polynl_mm.engine import checks, cli, start
+from polynl_mm.engine.cli import StartError
+from polynl_mm.limits import decode_picture
+
+GAP = 4
+
+
+def parse_args():
+    """Parse the command line."""
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument('image', help='a picture')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--at',
+        required=True,
+        action='append',
+        nargs=2,
+        type=int,
+        metavar=('X', 'Y'),
+        help='a point, in pixels of the picture from its top left; may be '
+        'given several times',
+    )
+    parser.add_argument(
+        '--out', required=True, help='folder for <picture>_<x>_<y>.png'
+    )
+    parser.add_argument(
+        '--layer',
+        metavar='PATH',
+        help='of the layer in the model, such as decode_head.poly_nl; by '
+        'default the last',
+    )
+    parser.add_argument(
+        '--call',
+        type=int,
+        metavar='K',
+        help='which of its calls, from 0, of a layer that is called several '
+        'times (levels of a pyramid)',
+    )
+    parser.add_argument(
+        '--of',
+        choices=('branch', 'class'),
+        default='branch',
+        help='what is added to: the branch at the point, or, to first order, '
+        'the score of the class found there (mmseg, classifiers)',
+    )
+    parser.add_argument(
+        '--beside',
+        nargs=2,
+        metavar=('CONFIG', 'CHECKPOINT'),
+        help='another model, whose last Poly-NL layer, or what the last '
+        'NonLocal2d of it attends to, is drawn beside',
+    )
+    parser.add_argument(
+        '--device', help='such as cuda:0 or cpu; by default a GPU if any'
+    )
+    parser.add_config_options()
+    return parser.parse_args()
+
+
+def check_image(path):
+    """Decode the picture as the hosts do, whose errors name no file."""
+    # Not for those who ask for --help alone.
+    from mmcv import imfrombytes
+
+    try:
+        decode_picture(Path(path).read_bytes(), path, imfrombytes)
+    except (OSError, ValueError) as error:
+        raise StartError(str(error)) from error
+
+
+def load(cfg, checkpoint, device):
+    """Build a model, with its weights, to be looked at."""
+    model_cfg = cfg.model
+    if cfg.get('data_preprocessor') is not None:
+        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        model = MODELS.build(model_cfg)
+    load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
+    model.to(device).eval()
+    return model
+
+
+def main():
+    """Look, and draw."""
+    args = parse_args()
+    check_image(args.image)
+    jobs = []
+    for config, checkpoint, options in (
+        (args.config, args.checkpoint, args.cfg_options),
+        *([(*args.beside, None)] if args.beside else []),
+    ):
+        cfg = start.read_config(config, options)
+        checks.require(cfg, 'model', 'test_dataloader')
+        checks.check_checkpoint(cfg, checkpoint)
+        jobs.append((cfg, checkpoint))
+    # Bound to mmcv, which has its say before it is imported.
+    from polynl_mm.engine.influence import Picture, draw, views
+
+    device = args.device or get_device()
+    seen = []
+    for cfg, checkpoint in jobs:
+        own = dict(
+            layer=args.layer, call=args.call, of_class=args.of == 'class'
+        )
+        try:
+            picture = Picture(cfg, args.image)
+            picture.check(args.at)
+            model = load(cfg, checkpoint, device)
+            found = views(model, picture, args.at, **({} if seen else own))
+        except ValueError as error:
+            raise StartError(f'{args.image}, {cfg.filename}: {error}') from (
+                error
+            )
+        print(f'{cfg.filename}: {found.layer}')
+        seen.append(found)
+    checks.check_output('--out', args.out, folder=True)
+    for k, (x, y) in enumerate(args.at):
+        panels = [draw(picture.pixels, None, (x, y))]
+        panels += [draw(picture.pixels, f.maps[k], (x, y)) for f in seen]
+        gap = np.full((len(picture.pixels), GAP, 3), 255, np.uint8)
+        row = np.hstack([each for p in panels for each in (p, gap)][:-1])
+        path = Path(args.out) / f'{Path(args.image).stem}_{x}_{y}.png'
+        cv2.imwrite(str(path), row[..., ::-1])
+        print(f'{path}: sum {seen[0].sums[k]:.4g}')
+
+
+if __name__ == '__main__':
+    cli.run(main)
