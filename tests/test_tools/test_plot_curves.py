@@ -1,0 +1,127 @@
+"""Curves of logs as mmengine writes them, and what is refused."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('mmengine')
+pytest.importorskip('matplotlib')
+
+from polynl_mm.engine import cli  # noqa: E402
+
+TOOL = Path(__file__).parents[2] / 'tools/plot_curves.py'
+
+
+def log(work_dir, name, lines, resume=False):
+    folder = work_dir / name / 'vis_data'
+    folder.mkdir(parents=True)
+    text = '\n'.join(map(json.dumps, lines))
+    (folder / 'scalars.json').write_text(text + '\n')
+    (folder / 'config.py').write_text(f'a = 1\nresume = {resume}\n')
+
+
+def trained(step, loss, **layers):
+    line = dict(lr=0.1, loss=loss, loss_a=loss, time=1.0, epoch=1, iter=step)
+    lines = [dict(line, step=step)]
+    if layers:
+        values = {f'poly_nl/a.{k}': v for k, v in layers.items()}
+        lines.append(dict(values, step=step))
+    return lines
+
+
+@pytest.fixture
+def plot(tmp_path, monkeypatch, capfd):
+    """Run the tool; give its output, or its line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+
+    def plot(*args):
+        monkeypatch.setattr(sys, 'argv', [TOOL.name, *map(str, args)])
+        module = runpy.run_path(str(TOOL))
+        capfd.readouterr()
+        try:
+            cli.run(module['main'])
+        except SystemExit as error:
+            assert error.code == 2
+            (line,) = capfd.readouterr().err.splitlines()
+            return line
+        return capfd.readouterr().out
+
+    return plot
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    return runpy.run_path(str(TOOL))
+
+
+def test_a_resumed_training_is_one(tmp_path, tool):
+    """What was done again counts once; a run that began anew stands alone."""
+    log(tmp_path, '20260101_000000', trained(10, 9.0) + trained(20, 9.0))
+    log(
+        tmp_path,
+        '20260102_000000',
+        # A validation's step is its epoch.
+        trained(10, 1.0, beta=0.1) + [dict(mIoU=30.0, time=1.0, step=1)]
+        + trained(20, 2.0) + trained(30, 3.0),
+    )  # fmt: skip
+    log(
+        tmp_path,
+        '20260103_000000',
+        [dict(mIoU=40.0, step=2)] + trained(30, 4.0, beta=0.2)
+        + [dict(mIoU=50.0, step=3)],
+        resume=True,
+    )  # fmt: skip
+    found, metrics = tool['curves'](tmp_path)
+    assert found == {
+        'lr': {10: 0.1, 20: 0.1, 30: 0.1},
+        'loss': {10: 1.0, 20: 2.0, 30: 4.0},
+        'loss_a': {10: 1.0, 20: 2.0, 30: 4.0},
+        'poly_nl/a.beta': {10: 0.1, 30: 0.2},
+        'mIoU': {10: 30.0, 20: 40.0, 30: 50.0},
+    }
+    assert metrics == {'mIoU'}
+    panels = tool['chosen']([(found, metrics)], None)
+    assert panels == {
+        'loss': ['loss'],
+        'metrics of the validation': ['mIoU'],
+        'beta': ['poly_nl/a.beta'],
+    }
+    panels = tool['chosen']([(found, metrics)], ['lr', 'loss*'])
+    assert panels == {'loss': ['loss', 'loss_a'], 'lr': ['lr']}
+
+
+def test_two_trainings_in_a_picture(tmp_path, plot):
+    for name in 'ab':
+        values = dict(alpha=1.0, beta=0.1, share=0.2, gate_spread=1.1)
+        lines = trained(10, 1.0, **values) + trained(20, 0.5, **values)
+        log(tmp_path / name, '20260101_000000', lines)
+    assert plot('a', 'b', '--out', 'curves.png') == '5 keys in curves.png\n'
+    assert Path('curves.png').stat().st_size > 5000
+    out = plot('a', '--keys', '*.beta', 'loss_a', '--out', 'curves.svg')
+    assert out == '2 keys in curves.svg\n'
+
+
+def test_bad_input(tmp_path, plot):
+    log(tmp_path / 'a', '20260101_000000', trained(10, 1.0))
+    args = ('--out', 'curves.png')
+    assert 'b has no <time of the start>/vis_data/scalars.json' in (
+        plot('a', 'b', *args)
+    )
+    assert '--keys los: no such key; nearest: loss' in (
+        plot('a', '--keys', 'los', *args)
+    )
+    file = tmp_path / 'a/20260101_000000/vis_data/scalars.json'
+    whole = file.read_text()
+    for damaged in ('{"loss": 1.', '[1]', '{"loss": 1.0}'):
+        file.write_text(whole + damaged)
+        line = plot('a', *args)
+        assert 'a/20260101_000000/vis_data/scalars.json, line 2: ' in line
+        assert repr(damaged) in line
+    file.write_text(whole)
+    assert '--out curves.none: ' in plot('a', '--out', 'curves.none')
+    assert not Path('curves.png').exists()

@@ -1,0 +1,264 @@
+"""Draw the curves of trainings: loss, metrics, and what Poly-NL layers do.
+
+Of each work directory those of the newest run, and of the runs that it was
+resumed from. In one panel each: the loss, the metrics of the validation, and
+of the layers alpha, beta, the branch's share of the output, and the spread of
+the gate (polynl_mm.PolyNLHook).
+"""
+
+import json
+import math
+import os
+import re
+import sys
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
+    # A checkout, installed or not; in a wheel the package lies around here.
+    sys.path.insert(0, ROOT)
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+from polynl_mm.engine import checks, cli
+from polynl_mm.engine.cli import StartError
+
+# By the ends of the keys of the hook; with what the panel is called.
+LAYERS = {
+    '.alpha': 'alpha',
+    '.beta': 'beta',
+    '.share': 'share of the branch, |branch| / |Y|',
+    '.gate_spread': 'spread of the gate',
+}
+# Keys of a training's line that say when and how fast.
+TIMES = ('step', 'iter', 'epoch', 'time', 'data_time', 'memory')
+# Lines of one training differ by these.
+STYLES = ('-', '--', ':', '-.')
+
+
+def parse_args():
+    """Parse the command line."""
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument(
+        'work_dirs', nargs='+', metavar='WORK_DIR', help='of a training'
+    )
+    parser.add_argument(
+        '--keys',
+        nargs='+',
+        metavar='GLOB',
+        help="which keys of vis_data/scalars.json, as 'mIoU' or '*.beta'; by "
+        'default the loss, all metrics and all of the layers',
+    )
+    parser.add_argument(
+        '--out', required=True, help='the picture, .png, .pdf or .svg'
+    )
+    return parser.parse_args()
+
+
+def runs(work_dir):
+    """Give the scalars of the newest run and of those before it, in order."""
+    files = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
+    if not files:
+        raise StartError(
+            f'{work_dir} has no <time of the start>/vis_data/scalars.json: it '
+            'is no work directory of a training, or nothing was logged yet'
+        )
+    found = []
+    for file in reversed(files):
+        found.insert(0, file)
+        config = file.parent / 'config.py'
+        # As mmengine has written it for this run.
+        if not config.is_file() or not re.search(
+            r'^resume = True$', config.read_text(), re.M
+        ):
+            break
+    return found
+
+
+def lines(file):
+    """Give the lines of a file of scalars, each a dict."""
+    for number, text in enumerate(file.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            line['step'] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise StartError(
+                f'{file}, line {number}: expected a JSON object with a step, '
+                f'got {text[:60]!r}'
+            ) from error
+        yield line
+
+
+def curves(work_dir):
+    """Read the curves of a training.
+
+    Returns:
+        dict: key -> {iteration: value}, and the set of those that are
+        metrics.
+    """
+    found, metrics = {}, set()
+    for file in runs(work_dir):
+        now, early = None, []
+        for line in lines(file):
+            layers = any(key.startswith('poly_nl/') for key in line)
+            is_metric = not layers and not {'iter', 'lr'} & {*line}
+            if is_metric:
+                metrics |= {key for key in line if is_curve(key, line)}
+            if now is None and is_metric:
+                early.append(line)
+                continue
+            if now is None:
+                now = begin(found, early, line['step'])
+            # A validation's step may be its epoch: it is at the iteration
+            # that was logged last.
+            now = max(now, line['step'])
+            add(found, line, now)
+        if now is None:
+            begin(found, early, math.inf)
+    return found, metrics
+
+
+def begin(found, early, step):
+    """Begin with a run whose first iteration that is logged is this one.
+
+    What a killed run had done beyond the checkpoint that it went on from was
+    done again.
+
+    Args:
+        found: The curves of the runs before.
+        early: Lines of a validation that the run began with.
+        step: The iteration.
+
+    Returns:
+        The last iteration before.
+    """
+    for points in found.values():
+        for later in [each for each in points if each >= step]:
+            del points[later]
+    last = max(
+        (each for points in found.values() for each in points), default=0
+    )
+    for line in early:
+        last = max(last, line['step'])
+        add(found, line, last)
+    return last
+
+
+def add(found, line, step):
+    """Add the values of a line to the curves."""
+    for key, value in line.items():
+        if is_curve(key, line):
+            found.setdefault(key, {})[step] = value
+
+
+def is_curve(key, line):
+    """Whether a key of a line is that of a curve."""
+    return key not in TIMES and isinstance(line[key], (int, float))
+
+
+def panel_of(key, metrics):
+    """Name the panel that a key is drawn in."""
+    if key.startswith('poly_nl/'):
+        for end, name in LAYERS.items():
+            if key.endswith(end):
+                return name
+    if key in metrics:
+        return 'metrics of the validation'
+    return 'loss' if 'loss' in key else key
+
+
+def chosen(trainings, patterns):
+    """Give the panels: name -> keys, in order.
+
+    Raises:
+        StartError: No training has a key that a pattern fits.
+    """
+    keys = list(dict.fromkeys(k for found, _ in trainings for k in found))
+    metrics = set().union(*(metrics for _, metrics in trainings))
+    if patterns:
+        wanted = []
+        for pattern in patterns:
+            fitting = [key for key in keys if fnmatchcase(key, pattern)]
+            if not fitting:
+                near = get_close_matches(pattern, keys, n=5, cutoff=0.3)
+                raise StartError(
+                    f'--keys {pattern}: no such key; nearest: '
+                    f'{", ".join(near or keys[:5])}'
+                )
+            wanted += fitting
+    else:
+        wanted = [
+            key
+            for key in keys
+            if key == 'loss' or key in metrics or key.startswith('poly_nl/')
+        ]
+    order = ('loss', 'metrics of the validation', *LAYERS.values())
+    order = {name: number for number, name in enumerate(order)}
+    panels = {}
+    for key in dict.fromkeys(wanted):
+        panels.setdefault(panel_of(key, metrics), []).append(key)
+    return dict(
+        sorted(panels.items(), key=lambda item: order.get(item[0], len(order)))
+    )
+
+
+def short(key):
+    """Name a curve within its panel."""
+    key = key.removeprefix('poly_nl/')
+    for end in LAYERS:
+        key = key.removesuffix(end)
+    return key
+
+
+def main():
+    """Read, draw."""
+    args = parse_args()
+    trainings = [curves(work_dir) for work_dir in args.work_dirs]
+    panels = chosen(trainings, args.keys)
+    if not panels:
+        raise StartError(
+            f'{", ".join(args.work_dirs)}: nothing that is drawn by default '
+            'was logged, choose by --keys'
+        )
+    checks.check_output('--out', args.out)
+    figure, axes = plt.subplots(
+        len(panels),
+        figsize=(8, 2.4 * len(panels)),
+        sharex=True,
+        squeeze=False,
+        layout='constrained',
+    )
+    names = [os.path.normpath(each) for each in args.work_dirs]
+    for (title, keys), axis in zip(panels.items(), axes[:, 0]):
+        for k, (name, (found, _)) in enumerate(zip(names, trainings)):
+            for i, key in enumerate(keys):
+                points = found.get(key)
+                if not points:
+                    continue
+                label = name if len(keys) == 1 else f'{name}: {short(key)}'
+                axis.plot(
+                    *zip(*sorted(points.items())),
+                    STYLES[i % len(STYLES)],
+                    color=f'C{k}',
+                    marker='.' if len(points) < 20 else None,
+                    linewidth=1,
+                    label=label,
+                )
+        axis.set_title(title, fontsize='small', loc='left')
+        axis.legend(fontsize='xx-small')
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel('iteration')
+    try:
+        figure.savefig(args.out)
+    except ValueError as error:
+        raise StartError(f'--out {args.out}: {error}') from error
+    print(f'{sum(map(len, panels.values()))} keys in {args.out}')
+
+
+if __name__ == '__main__':
+    cli.run(main)
