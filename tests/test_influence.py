@@ -113,10 +113,12 @@ def test_fused_layers_have_the_maps_of_others(way, launches_cost_nothing):
 
 
 def test_by_default_the_sum_is_the_length_of_the_branch():
-    layer, x = layer_of(make_inputs((1, 5, 3, 7)))
+    layer, x = layer_of(make_inputs((1, 5, 3, 7), True))
     maps = influence(layer, x, at=CELLS)
     assert maps.shape == (3, 3, 7)
     branch = (layer(x) - layer.alpha * x).detach()[0]
+    # That comes from no position.
+    branch -= (layer.beta * layer.w3.bias).detach()[:, None, None]
     lengths = torch.stack([branch[(slice(None), *c)].norm() for c in CELLS])
     assert_near(maps.sum((1, 2)), lengths, 1e-10)
     nn.init.zeros_(layer.beta)
