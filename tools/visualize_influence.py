@@ -122,9 +122,9 @@ def main():
     device = args.device or get_device()
     seen = []
     for cfg, checkpoint in jobs:
-        own = dict(
-            layer=args.layer, call=args.call, of_class=args.of == 'class'
-        )
+        own = dict(layer=args.layer, call=args.call)
+        if args.of == 'class':
+            own['score'] = lambda scores, point: scores.max()
         try:
             picture = Picture(cfg, args.image)
             picture.check(args.at)

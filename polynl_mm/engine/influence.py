@@ -7,7 +7,7 @@ to for comparison, and the colours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -137,7 +137,7 @@ def views(
     points: Sequence[tuple[int, int]],
     layer: str | None = None,
     call: int | None = None,
-    of_class: bool = False,
+    score: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
 ) -> View:
     """See what a layer sees from some points.
 
@@ -151,8 +151,10 @@ def views(
         points: x, y in pixels of the picture.
         layer: Path; by default that of the last.
         call: Which call of the layer, see :func:`polynl_mm.influence.only`.
-        of_class: See what each position adds to the score of the class that
-            the model gives the point (to first order) instead.
+        score: See what each position adds to a number instead (to first
+            order): given the scores of the classes at a point, (K,), and the
+            point, gives it. For models whose ``mode='tensor'`` gives a map of
+            scores, or one score a class.
 
     Raises:
         ValueError: A point is not in the picture, there is no such layer, it
@@ -168,15 +170,18 @@ def views(
             int(picture.columns(given[1], shape[1])[x]),
         )
 
-    mode = 'tensor' if of_class else 'predict'
+    mode = 'predict' if score is None else 'tensor'
     blocks = _non_local_blocks(model)
     if layer in blocks or not (layer or _has_layers(model)) and blocks:
         path = [*blocks][-1] if layer is None else layer
-        if of_class:
+        if score is not None:
             raise ValueError(f'{path}: of a NonLocal2d its attention is seen')
         maps = _attention(blocks[path], model, batch, points, cell)
     else:
-        with torch.set_grad_enabled(of_class), looking(model, layer) as looks:
+        with (
+            torch.set_grad_enabled(mode == 'tensor'),
+            looking(model, layer) as looks,
+        ):
             output = model(**batch, mode=mode)
         look = only(looks, call)
         path = look.path
@@ -186,12 +191,12 @@ def views(
                 f'{", ".join(map(str, look.spatial))}), not one map of the '
                 'picture'
             )
-        if of_class:
-            maps = torch.stack(
-                [look.map_of(_score(output, *point, cell)) for point in points]
-            )
-        else:
+        if score is None:
             maps = look.maps([cell(*point, look.spatial) for point in points])
+        else:
+            scores = [_scores(output, *point, cell) for point in points]
+            numbers = map(score, scores, points)
+            maps = torch.stack([look.map_of(each) for each in numbers])
     maps = maps.cpu().numpy()
     rows = picture.rows(given[0], maps.shape[1])
     columns = picture.columns(given[1], maps.shape[2])
@@ -205,18 +210,17 @@ def _has_layers(model):
         return False
 
 
-def _score(output, x, y, cell):
-    """Of the class that has the highest at a point."""
+def _scores(output, x, y, cell):
+    """Those of the classes at a point, (K,)."""
     if not isinstance(output, Tensor) or output.dim() not in (2, 4):
         raise ValueError(
             'the score of a class is known of models that give a map of '
             'scores (mmseg), or one score a class'
         )
-    scores = output[0]
-    if output.dim() == 4:
-        row, column = cell(x, y, output.shape[2:])
-        scores = scores[:, row, column]
-    return scores.max()
+    if output.dim() == 2:
+        return output[0]
+    row, column = cell(x, y, output.shape[2:])
+    return output[0, :, row, column]
 
 
 def _non_local_blocks(model):

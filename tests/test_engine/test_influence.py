@@ -117,12 +117,17 @@ def test_what_can_not_be_placed_is_refused(path):
     assert model
 
 
-def test_scores_of_classes(path):
-    """That of the class with the highest at the point."""
+def test_a_number_of_the_scores_at_a_point(path):
     picture, model = Picture(config(), path), Model().eval()
     batch = model.data_preprocessor(picture.data)
-    view = views(model, picture, [(17, 9)], of_class=True)
-    score = model(**batch)[0, :, 2, 4].max()
+    view = views(
+        model,
+        picture,
+        [(17, 9)],
+        score=lambda scores, point: scores[0] - point[0] * scores[2],
+    )
+    score = model(**batch)[0, :, 2, 4]
+    score = score[0] - 17 * score[2]
     (slope,) = torch.autograd.grad(score, model.block.beta)
     want = (slope * model.block.beta).item()
     assert view.sums[0] == pytest.approx(want, rel=1e-4)
