@@ -411,3 +411,55 @@ def test_seeds_of_attention_are_of_the_better_rate(tmp_path, monkeypatch):
     )
     row = study['Study'](args).row('cityscapes', 'Poly-SA, mean')
     assert row[1:] == ['0.006', '7.0', '5.0 to 9.0', '1,234', '7']
+
+
+# ------------------------------------------------------------- influence
+
+
+def test_study_of_influence(tmp_path, quiet_and_quick):
+    """Its measures, where they are known: of areas, and of no attention."""
+    pytest.importorskip('mmseg')
+    pytest.importorskip('cityscapesscripts')
+    from mini_data.cityscapes import cityscapes
+
+    cityscapes(tmp_path, 0, dict(train=2, val=2))
+    study = runpy.run_path(str(SCALING.parents[1] / 'influence/study.py'))
+    labels = [each for _, each in study['pictures'](tmp_path, 'val')]
+    area = np.mean([np.isin(each, (6, 7)).mean() for each in labels])
+    assert 0.02 < area < 0.2
+    cfg, model = study['network']('polynl_mm.PolyNLHead', None)
+    study['drawn_anew'](model)
+    compared = {
+        'branch': (cfg, model, False),
+        'two': (cfg, model, True),
+        'even': (*study['network']('NLHead', None), False),
+    }
+    rows = study['measured'](compared, tmp_path, 2, 8)
+    assert rows[0][:3] == ['area', f'{area:.1%}', '1.0']
+    assert [row[0] for row in rows[1:]] == [*compared]
+    # Attention that has learnt nothing is even.
+    assert float(rows[3][2]) == pytest.approx(1, abs=0.05)
+    assert rows[3][5:] == [
+        f'+{rows[0][3]}',
+        f'{1 - float(rows[0][3][:-1]) / 100:+.1%}',
+    ]
+    for row in rows[1:3]:
+        there, elsewhere = (float(value[:-1]) for value in row[5:])
+        assert abs(there) + abs(elsewhere) <= 100.1
+        assert 0 < float(row[1][:-1]) <= float(row[3][:-1]) < 100
+    for each in labels:
+        for x, y in study['points_of'](each, 2, np.random.default_rng(0)):
+            assert each[y, x] in (0, 1, 2, 3, 8, 9)
+
+
+def test_a_part_is_left_out_of_the_mean():
+    study = runpy.run_path(str(SCALING.parents[1] / 'influence/study.py'))
+    part = np.zeros((8, 8), bool)
+    part[:4, :4] = True
+    layer = PolyNL2d(3, beta_init=1.0)
+    x = torch.randn(1, 3, 4, 4)
+    layer.around = study['leaving_out'](part)
+    y = layer(x)
+    x[:, :, :2, :2] = 7  # what is left out may be anything
+    rest = layer(x)
+    torch.testing.assert_close(y[..., 2:, :], rest[..., 2:, :])

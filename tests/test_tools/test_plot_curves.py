@@ -61,7 +61,7 @@ def tool(monkeypatch):
 
 def test_a_resumed_training_is_one(tmp_path, tool):
     """What was done again counts once; a run that began anew stands alone."""
-    log(tmp_path, '20260101_000000', trained(10, 9.0) + trained(20, 9.0))
+    log(tmp_path, '20260101_000000', trained(5, 9.0) + trained(20, 9.0))
     log(
         tmp_path,
         '20260102_000000',
