@@ -85,7 +85,7 @@ class Look:
                 0 <= index < size for index, size in zip(cell, self.spatial)
             ):
                 raise ValueError(
-                    f'{self.path}: no cell {tuple(cell)} on a map of '
+                    f'{self.path}: cell {tuple(cell)} is not on its map of '
                     f'{self.spatial}'
                 )
         p, terms, gate = self._p, self._terms[image], self._call.gate[image]
@@ -253,7 +253,7 @@ def only(looks: Sequence[Look], call: int | None = None) -> Look:
         ValueError: There was none, or several and ``call`` is none of them.
     """
     if not looks:
-        raise ValueError('the model did not call the layer')
+        raise ValueError('the layer was called 0 times, expected 1 or more')
     if call is None and len(looks) == 1:
         return looks[0]
     if call is None or not 0 <= call < len(looks):
@@ -291,7 +291,8 @@ def layer_at(
     path = [*layers][-1] if path is None else path
     if path not in layers:
         raise ValueError(
-            f'no Poly-NL layer {path!r}; there are {", ".join(layers)}'
+            f'there is no Poly-NL layer {path!r}; there are '
+            f'{", ".join(layers)}'
         )
     return path, layers[path]
 

@@ -186,9 +186,9 @@ def test_which_layer_and_which_call():
         influence(model, x, at=[(0, 0)])
     assert '(3, 3), (3, 2): call must be one of 0..1' in str(caught.value)
     assert influence(model, x, at=[(0, 0)], call=1).shape == (1, 3, 2)
-    with pytest.raises(ValueError, match=r'no cell \(3, 0\) on a map of'):
+    with pytest.raises(ValueError, match=r'cell \(3, 0\) is not on its map'):
         influence(model, x, at=[(3, 0)], layer='a')
-    with pytest.raises(ValueError, match='did not call the layer'):
+    with pytest.raises(ValueError, match='called 0 times'):
         influence(Idle(), x, at=[(0, 0)])
     with pytest.raises(ValueError, match='PolySA has no Poly-NL layer'):
         layer_at(PolySA(4, 2))

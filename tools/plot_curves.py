@@ -223,7 +223,7 @@ def main():
     if not panels:
         raise StartError(
             f'{", ".join(args.work_dirs)}: nothing that is drawn by default '
-            'was logged, choose by --keys'
+            'was logged: give --keys'
         )
     checks.check_output('--out', args.out)
     figure, axes = plt.subplots(

@@ -80,8 +80,8 @@ class Picture:
             or ('scale_factor' not in results and shape != size)
         ):
             raise ValueError(
-                'the test pipeline does more than to resize a picture and '
-                'pad it: where its pixels went is not known'
+                'test_dataloader.dataset.pipeline does more than to resize a '
+                'picture and pad it: where its pixels went is not known'
             )
         self.scale, self.data = scale, pseudo_collate([pack(results)])
 
@@ -175,7 +175,9 @@ def views(
     if layer in blocks or not (layer or _has_layers(model)) and blocks:
         path = [*blocks][-1] if layer is None else layer
         if score is not None:
-            raise ValueError(f'{path}: of a NonLocal2d its attention is seen')
+            raise ValueError(
+                f'{path} is a NonLocal2d, of which only attention can be seen'
+            )
         maps = _attention(blocks[path], model, batch, points, cell)
     else:
         with (
@@ -188,8 +190,8 @@ def views(
         if len(look.spatial) != 2 or look.images != 1:
             raise ValueError(
                 f'{path} is given features of shape ({look.images}, C, '
-                f'{", ".join(map(str, look.spatial))}), not one map of the '
-                'picture'
+                f'{", ".join(map(str, look.spatial))}), expected one map of '
+                'the picture'
             )
         if score is None:
             maps = look.maps([cell(*point, look.spatial) for point in points])
@@ -214,8 +216,8 @@ def _scores(output, x, y, cell):
     """Those of the classes at a point, (K,)."""
     if not isinstance(output, Tensor) or output.dim() not in (2, 4):
         raise ValueError(
-            'the score of a class is known of models that give a map of '
-            'scores (mmseg), or one score a class'
+            "mode='tensor' of the model gives no scores of classes: expected "
+            'a map of them (mmseg), or one a class'
         )
     if output.dim() == 2:
         return output[0]
@@ -246,8 +248,8 @@ def _attention(block, model, batch, points, cell) -> Tensor:
         handle.remove()
     if len(given) != 1 or len(given[0][0]) != 1 or given[0][0].dim() != 4:
         raise ValueError(
-            'a NonLocal2d is seen where the model calls it once, with one map '
-            'of the picture'
+            f'the NonLocal2d was called {len(given)} times, expected once, '
+            'with one map of the picture'
         )
     ((x,),) = given
     plain = block.mode == 'gaussian'

@@ -116,7 +116,7 @@ def test_bad_input(look, files):
     assert "no Poly-NL layer 'neck'; there are backbone.layer3.0" in look(
         'det', *AT, '--layer', 'neck'
     )
-    assert 'the score of a class is known of models' in look(
+    assert 'gives no scores of classes: expected a map' in look(
         'det', *AT, '--of', 'class'
     )
     assert 'does not fit the model' in look('seg', *AT, checkpoint='det')
