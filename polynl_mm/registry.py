@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from mmengine import registry as root
 from mmengine.registry import Registry
 
+from . import stack
 from .attention import PolySA
 from .layers import PolyNL1d, PolyNL2d, PolyNL3d
 
@@ -50,8 +51,15 @@ _HOST_OF = {
 _LOCATIONS = [name for name, host in _HOST_OF.items() if find_spec(host)]
 
 
+class _Child(Registry):
+    # Where a host fails at its import, for want of packages that fit.
+    def import_from_location(self) -> None:
+        with stack.explained():
+            super().import_from_location()
+
+
 def _child(parent: Registry) -> Registry:
-    return Registry(
+    return _Child(
         parent.name, parent=parent, scope='polynl_mm', locations=_LOCATIONS
     )
 

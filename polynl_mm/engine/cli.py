@@ -20,6 +20,8 @@ import torch
 from mmengine.config import DictAction
 from mmengine.dist import is_distributed
 
+from polynl_mm import stack
+
 # mmengine 0.10 imports it, and the user can do nothing about that.
 warnings.filterwarnings('ignore', 'pkg_resources is deprecated')
 
@@ -39,14 +41,18 @@ class StartError(Exception):
 def run(tool: Callable[[], int | None]) -> None:
     """Run a tool; end in one line and exit code 2 at a :class:`StartError`.
 
+    So it ends at packages that do not fit each other, see
+    :mod:`polynl_mm.stack`.
+
     Otherwise the exit code is what the tool gives, None for 0. Any other
     exception keeps its traceback.
     """
     code = 0
     _end_with_launcher()
     try:
-        code = tool() or 0
-    except StartError as error:
+        with stack.explained():
+            code = tool() or 0
+    except (StartError, stack.StackError) as error:
         if rank() > 0:
             # Process 0 meets the same error and tells it, and the launcher
             # then ends the others. Where it does not, as on another node, the
