@@ -18,6 +18,7 @@ _HOME_OF = {
     'PolyNL3d': '.layers',
     'PolySA': '.attention',
     'SAParams': '.ops.attention',
+    'config_path': '.shipped',
     'fuse_poly_nl': '.fusion',
     'insert_blocks': '.insertion',
     'poly_nl': '.ops',
