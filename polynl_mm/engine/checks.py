@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from inspect import getattr_static, signature
+from inspect import getattr_static, isclass, signature
 from pkgutil import resolve_name
 
 import numpy as np
@@ -62,6 +62,61 @@ def require(cfg: Config, *keys: str) -> None:
     for key in keys:
         if cfg.get(key) is None:
             raise StartError(f'config {cfg.filename} has no {key}')
+
+
+def check_plugins(cfg: Config) -> None:
+    """Check that what is given ``plugins`` in the model takes them.
+
+    Hosts end in a TypeError or an assertion that names neither the key nor
+    another way.
+
+    Raises:
+        StartError: It takes none.
+    """
+    for path, part in _parts('model', cfg.get('model')):
+        if 'plugins' not in part:
+            continue
+        # That of polynl_mm.Insert and Replace, also of one in the other.
+        name = part
+        while isinstance(name, dict):
+            name = name.get('into', name.get('type'))
+        with MODELS.switch_scope_and_registry(
+            cfg.get('default_scope')
+        ) as registry:
+            kind = registry.get(name) if isinstance(name, str) else name
+        if not isclass(kind):
+            continue
+        depth = part.get('depth')
+        settings = getattr(kind, 'arch_settings', {}).get(depth)
+        if not any(
+            'plugins' in signature(each.__init__).parameters
+            for each in kind.__mro__
+        ):
+            why = f'{kind.__name__} takes none'
+        elif (
+            part['plugins']
+            and settings
+            and not hasattr(settings[0], 'forward_plugin')
+        ):
+            why = f'{kind.__name__} of depth {depth} has no bottlenecks'
+        else:
+            continue
+        raise StartError(
+            f'config {cfg.filename}: {path}.plugins: {why}: leave it out and '
+            f"write type='polynl_mm.Insert', into={kind.__name__!r}, "
+            'blocks=[dict(after=..., cfg=...)]'
+        )
+
+
+def _parts(path: str, value) -> Iterator[tuple[str, dict]]:
+    """Give the dicts in a config, by their paths."""
+    if isinstance(value, dict):
+        yield path, value
+        for key, each in value.items():
+            yield from _parts(f'{path}.{key}', each)
+    elif isinstance(value, (list, tuple)):
+        for number, each in enumerate(value):
+            yield from _parts(f'{path}.{number}', each)
 
 
 def leaf_datasets(cfg: dict) -> Iterator[dict]:

@@ -19,8 +19,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch.distributed import constants
 
-from . import safe_load  # noqa: F401  (a runner reads checkpoints)
-from .checks import check_loader, check_output, our_errors
+from polynl_mm import stack
+
+from . import safe_load
+from .checks import check_loader, check_output, check_plugins, our_errors
 from .cli import LAUNCHERS, StartError
 from .hosts import HOSTS
 from .runner import CollectHook, GlooRunner
@@ -32,15 +34,16 @@ def read_config(path: str, options: dict | None = None) -> Config:
     Raises:
         StartError: The file or a base of it is missing or no Python, an
             option names no place in it, it has a transform that this
-            package had once, its host is not installed, or what we read of
-            ``model.test_cfg`` is wrong.
+            package had once, its host is not installed, what we read of
+            ``model.test_cfg`` is wrong, or what is given plugins takes none.
     """
     if not os.path.isfile(path):
         raise StartError(f'config {path} does not exist')
     try:
         cfg = Config.fromfile(path)
     except (OSError, ImportError, SyntaxError, UnicodeError) as error:
-        raise StartError(f'config {path}: {error}') from error
+        why = stack.reason(error) or error
+        raise StartError(f'config {path}: {why}') from error
     try:
         cfg.merge_from_dict(options or {})
     except (KeyError, TypeError, AssertionError) as error:
@@ -69,6 +72,7 @@ def read_config(path: str, options: dict | None = None) -> Config:
             resolve_name(HOSTS[host].check_test_cfg)(test_cfg)
         except ValueError as error:
             raise StartError(f'config {path}: {error}') from error
+    check_plugins(cfg)
     return cfg
 
 
@@ -87,6 +91,7 @@ def load_config(args: argparse.Namespace) -> Config:
     if os.path.exists(cfg.work_dir) and not os.path.isdir(cfg.work_dir):
         raise StartError(f'work_dir={cfg.work_dir} is not a folder')
     cfg.launcher = args.launcher
+    _name_safe_load(cfg)
     # torch.distributed.launch passes an argument where torchrun sets this, and
     # mmengine does not set it from what mpirun says.
     os.environ.setdefault(
@@ -94,6 +99,21 @@ def load_config(args: argparse.Namespace) -> Config:
         os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', str(args.local_rank)),
     )
     return cfg
+
+
+def _name_safe_load(cfg: Config) -> None:
+    """Have what is saved beside the checkpoints import what reads them.
+
+    The hosts' inferencers read these before they look up any type of ours.
+    """
+    imports = cfg.get('custom_imports') or dict(
+        imports=[], allow_failed_imports=False
+    )
+    named = imports['imports']
+    named = [named] if isinstance(named, str) else [*named]
+    if safe_load.__name__ not in named:
+        named.append(safe_load.__name__)
+        cfg.custom_imports = dict(imports, imports=named)
 
 
 def runner_class(cfg: Config) -> type[Runner]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
@@ -45,16 +46,20 @@ class FaceVisualizer(DetLocalVisualizer):
         drawn = super()._draw_instances(image, instances, classes, palette)
         if 'keypoints' not in instances or not len(instances):
             return drawn
-        sides = (instances.bboxes[:, 2:] - instances.bboxes[:, :2]).amin(1)
+        # mmdet's browse_dataset.py has them as arrays.
+        boxes = torch.as_tensor(instances.bboxes)
+        keypoints = torch.as_tensor(instances.keypoints)
+        sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)
         # Diameters in pixels, which matplotlib wants as squares of points.
         sizes = (sides / 12).clamp(2, 10) * 72 / self.dpi
-        size = instances.keypoints.new_tensor((self.width, self.height))
+        size = keypoints.new_tensor((self.width, self.height))
         for landmark, color in enumerate(_COLORS):
-            points = instances.keypoints[:, landmark]
+            points = keypoints[:, landmark]
             # A point beyond the border would make matplotlib zoom out.
             shown = ((points >= 0) & (points <= size)).all(1)
             if 'keypoints_visible' in instances:
-                shown &= instances.keypoints_visible[:, landmark] > 0
+                visible = torch.as_tensor(instances.keypoints_visible)
+                shown &= visible[:, landmark] > 0
             if shown.any():
                 self.draw_points(
                     points[shown],

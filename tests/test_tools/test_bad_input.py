@@ -1254,3 +1254,29 @@ def test_port_in_use(start, finish, free_port):
     assert done.code == 2
     assert done.err.startswith(f'torchrun.py: error: port {port} is in use')
     assert done.err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'config, options, said',
+    (
+        (
+            'det.py',
+            (
+                'model.backbone.into=CSPDarknet',
+                "model.backbone.plugins=[dict(type='polynl_mm.PolyNL2d')]",
+            ),
+            "CSPDarknet takes none: leave it out and write type='polynl_mm."
+            "Insert', into='CSPDarknet', blocks=[dict(after=..., cfg=...)]",
+        ),
+        (
+            'seg.py',
+            ('model.backbone.depth=18',),
+            'ResNetV1c of depth 18 has no bottlenecks: leave it out and write '
+            "type='polynl_mm.Insert', into='ResNetV1c', blocks=[dict("
+            'after=..., cfg=...)]',
+        ),
+    ),
+)
+def test_plugins_where_there_is_no_place(refuse, config, options, said):
+    line = refuse('train', config, '--cfg-options', *options)
+    assert line == f'config {config}: model.backbone.plugins: {said}'

@@ -145,6 +145,8 @@ def test_det_trains_on_gloo_and_says_so_once(place, det_train):
     assert (place / 'det/epoch_1.pth').is_file()
     # What is saved beside it is for machines with GPUs, too.
     assert 'GlooRunner' not in (place / 'det/det.py').read_text()
+    # And lets the hosts' inferencers read them, though det.py does not.
+    assert 'polynl_mm.engine.safe_load' in (place / 'det/det.py').read_text()
 
 
 def test_det_resumes_optimizer_and_count(place, det_resume):

@@ -24,9 +24,10 @@ train_pipeline = [
 
 # RetinaFace's single-scale protocol: the shorter side to 1600, unless the
 # longer one would pass 2150, which bounds the memory. Annotation is loaded for
-# the pictures that are drawn; the metric reads its own.
+# the pictures that are drawn; the metric reads its own. The loader is this
+# package's, under the name that mmdet's inferencer looks for.
 test_pipeline = [
-    dict(type='polynl_mm.LoadImageFromFile'),
+    dict(type='LoadImageFromFile', _scope_='polynl_mm'),
     dict(type='Resize', scale=(1600, 2150), keep_ratio=True),
     dict(type='polynl_mm.LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs'),
@@ -34,7 +35,7 @@ test_pipeline = [
 # VGA: the longer side to 640. Padding to 640 x 640 is the preprocessor's:
 #     model = dict(data_preprocessor=dict(pad_size_divisor=640))
 vga_pipeline = [
-    dict(type='polynl_mm.LoadImageFromFile'),
+    dict(type='LoadImageFromFile', _scope_='polynl_mm'),
     dict(type='Resize', scale=(640, 640), keep_ratio=True),
     dict(type='polynl_mm.LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs'),
@@ -42,7 +43,7 @@ vga_pipeline = [
 # Original size. WIDER Face is 1024 pixels wide; of larger pictures the longer
 # side becomes 4096, or they could exhaust the memory.
 original_pipeline = [
-    dict(type='polynl_mm.LoadImageFromFile'),
+    dict(type='LoadImageFromFile', _scope_='polynl_mm'),
     dict(type='polynl_mm.Resize', scale_factor=1.0, max_side=4096),
     dict(type='polynl_mm.LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs'),
@@ -52,7 +53,7 @@ original_pipeline = [
 # every view has been through NMS before, and faces of one view count.
 tta_model = dict(type='polynl_mm.BoxVotingTTAModel')
 tta_pipeline = [
-    dict(type='polynl_mm.LoadImageFromFile'),
+    dict(type='LoadImageFromFile', _scope_='polynl_mm'),
     dict(
         type='TestTimeAug',
         transforms=[
