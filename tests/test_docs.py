@@ -107,6 +107,8 @@ def missing_paths(page):
             line,
         )
         for found in PATH.findall(line):
+            # In a wheel they lie in the package.
+            found = re.sub('^polynl_mm/(?=configs|tools)', '', found)
             for path in alternatives(found.rstrip('.,')):
                 if sources().isdisjoint(ROOT.glob(path)):
                     missing.append(path)
@@ -127,6 +129,10 @@ def unresolved_names(page):
 
 def resolves(name, registries):
     """As a Python object, or as a type in a config."""
+    tool = name.removeprefix('polynl_mm.tools.')
+    if tool != name:
+        # In a wheel it is a module.
+        return (ROOT / 'tools' / f'{tool}.py').is_file()
     try:
         resolve_name(name)
     except (AttributeError, ImportError):

@@ -1,6 +1,7 @@
 """What is in the wheel, and that it works from there."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def metadata(folder):
 
 def test_wheel_holds_all_that_is_shipped(checkout, installed):
     expected = {
-        name.replace(top, target, 1)
+        name.replace(top, target, 1): checkout / name
         for top, target in SHIPPED.items()
         for name in files_in(checkout)
         if name.startswith(f'{top}/') and name not in NOT_SHIPPED
@@ -108,7 +109,9 @@ def test_wheel_holds_all_that_is_shipped(checkout, installed):
     assert 'polynl_mm/configs/_base_/added/base.py' in expected
     (info,) = installed.glob('*.dist-info')
     got = {n for n in files_in(installed) if not n.startswith(info.name)}
-    assert got == expected
+    assert got == set(expected)
+    for name, source in expected.items():
+        assert (installed / name).read_bytes() == source.read_bytes()
 
 
 def test_wheel_has_the_licence_and_needs_nothing(installed):
@@ -132,20 +135,28 @@ def test_wheel_has_the_licence_and_needs_nothing(installed):
     }
 
 
+def test_page_of_the_package_stands_alone(installed):
+    """Nothing beside it is there to be linked, and no address is known."""
+    meta = metadata(installed).metadata
+    assert meta['Author'] == 'polynl_mm contributors'
+    page = meta.get_payload()
+    assert page.strip() == (ROOT / 'configs/from_pip.md').read_text().strip()
+    links = re.findall(r'\]\((.*?)\)', page)
+    assert links and all(link.startswith('https:') for link in links)
+    assert polynl_mm.__version__ in page
+
+
 def test_configs_work_from_the_wheel(checkout, installed):
     shipped = installed / 'polynl_mm' / 'configs'
     leaf = Config.fromfile(shipped / 'added' / 'leaf.py')
     assert leaf.a == dict(b=1, c=3)
-    leaves = [
-        path
-        for path in sorted(shipped.rglob('*.py'))
-        if '_base_' not in path.relative_to(shipped).parts
-    ]
-    assert len(leaves) > 1
-    for path in leaves:
-        original = checkout / 'configs' / path.relative_to(shipped)
-        got, expected = Config.fromfile(path), Config.fromfile(original)
-        assert got.to_dict() == expected.to_dict()
+    # The files are those of the checkout, so one of each folder tells whether
+    # bases are where they are looked for.
+    for folder in sorted(shipped.iterdir()):
+        for path in sorted(folder.glob('*.py'))[:1]:
+            original = checkout / 'configs' / path.relative_to(shipped)
+            got, expected = Config.fromfile(path), Config.fromfile(original)
+            assert got.to_dict() == expected.to_dict()
 
 
 def test_layer_resolves_from_the_wheel(installed, tmp_path):
@@ -154,6 +165,7 @@ def test_layer_resolves_from_the_wheel(installed, tmp_path):
     layer = MODELS.build(dict(type='polynl_mm.PolyNL2d', in_channels=2))
     import polynl_mm
     print(polynl_mm.__file__)
+    print(polynl_mm.config_path('retinaface_r50-polynl_mini-wider'))
     """
     found = run(
         sys.executable,
@@ -161,7 +173,44 @@ def test_layer_resolves_from_the_wheel(installed, tmp_path):
         cwd=tmp_path,
         PYTHONPATH=str(installed),
     )
-    assert Path(found) == installed / 'polynl_mm' / '__init__.py'
+    package, config = map(Path, found.splitlines())
+    assert package == installed / 'polynl_mm' / '__init__.py'
+    assert config == (
+        package.parent / 'configs/mini/retinaface_r50-polynl_mini-wider.py'
+    )
+
+
+def test_commands_of_the_page_from_the_wheel(installed, tmp_path):
+    """One after the other, in one process, as an import takes seconds."""
+    pytest.importorskip('mmdet')
+    pytest.importorskip('skimage')
+    page = (ROOT / 'configs/from_pip.md').read_text()
+    (own,) = re.findall(
+        r'^```python\n(_base_ = __import__.*?)^```', page, re.M | re.S
+    )
+    (tmp_path / 'own.py').write_text(own)
+    commands = re.findall(r'^    python -m (.*)$', page, re.M)
+    assert len(commands) == 4
+    code = f"""
+    import runpy, sys
+    for command in {commands}:
+        module, *args = command.split()
+        sys.argv = [module, *args]
+        runpy.run_module(module, run_name='__main__', alter_sys=True)
+    import polynl_mm
+    print(polynl_mm.__file__)
+    """
+    told = run(
+        sys.executable,
+        *('-W', 'ignore', '-c', dedent(code)),
+        cwd=tmp_path,
+        PYTHONPATH=str(installed),
+    )
+    package = installed / 'polynl_mm'
+    assert Path(told.splitlines()[-1]) == package / '__init__.py'
+    (published,) = tmp_path.glob('digits-*.pth')
+    assert published.name in told
+    assert re.search(r'accuracy/top1: \d', told)
 
 
 def test_tools_in_the_wheel_hide_no_other_package(installed, tmp_path):
