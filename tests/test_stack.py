@@ -66,6 +66,11 @@ def fails(tmp_path, monkeypatch):
             'some 1.2 was built for another numpy than ',
         ),
         (
+            'raise ImportError("A module that was compiled using NumPy 1.x "\n'
+            '    "cannot be run in NumPy 2.4.6 as it may crash.")',
+            'some 1.2 was built for another numpy than ',
+        ),
+        (
             f'raise ImportError({NUMPY!r})',
             'some 1.2 was built for another numpy than ',
         ),
@@ -91,7 +96,7 @@ def test_of_what_it_was_raised_from(fails):
 def test_all_else_is_left_alone(fails):
     error = fails("""
         try:
-            import pkg_resources_that_is_not_there
+            raise ImportError("No module named 'pkg_resources'")
         except ImportError:
             raise ValueError('another reason') from None
     """)
