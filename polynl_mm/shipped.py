@@ -1,14 +1,17 @@
-"""Where the configs of this package lie, for those that inherit them.
+"""Where configs of packages lie, for those that inherit them.
 
-mmengine reads ``_base_ = 'mmdet::...'`` from OpenMMLab's own packages alone.
+mmengine reads ``_base_ = 'mmdet::...'`` from OpenMMLab's own packages alone,
+and of those by the names of OpenMMLab's own distributions.
 """
 
 from __future__ import annotations
 
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ['config_path']
+__all__ = ['config_path', 'know_forks']
 
 _HERE = Path(__file__).resolve().parent
 
@@ -33,6 +36,7 @@ def config_path(name: str) -> str:
     Raises:
         ValueError: There is no config of that name, or several begin so.
     """
+    know_forks()
     # In a wheel they lie in the package, in a checkout beside it.
     folder = next(
         path
@@ -65,3 +69,18 @@ def config_path(name: str) -> str:
         + ', '.join(names[:3])
         + more
     )
+
+
+def know_forks() -> None:
+    """Have mmengine find the configs of a mmseg that is not OpenMMLab's.
+
+    For ``_base_ = 'mmseg::...'`` it asks for a distribution mmsegmentation;
+    the maintained fork, onedl-mmsegmentation, has the same module.
+    """
+    try:
+        distribution('mmsegmentation')
+    except PackageNotFoundError:
+        if find_spec('mmseg') and find_spec('mmengine'):
+            from mmengine.config.utils import MODULE2PACKAGE
+
+            MODULE2PACKAGE['mmseg'] = 'mmseg'

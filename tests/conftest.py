@@ -12,6 +12,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / 'projects')]
 # Behind all others: its ``test`` would hide Python's.
 sys.path.append(str(HERE.parent / 'tools'))
 
+from polynl_mm.shipped import know_forks  # noqa: E402
+
+# Many a test reads a config without a tool.
+know_forks()
+
 
 @pytest.fixture
 def quiet_and_quick():

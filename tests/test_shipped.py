@@ -8,6 +8,7 @@ pytest.importorskip('mmengine')
 
 from mmengine.config import Config  # noqa: E402
 
+from polynl_mm import shipped  # noqa: E402
 from polynl_mm.shipped import config_path  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
@@ -73,3 +74,22 @@ def test_a_config_elsewhere_inherits(tmp_path, listed):
     assert cfg.to_dict() == theirs.to_dict()
     cfg.dump(tmp_path / 'dumped.py')
     assert Config.fromfile(tmp_path / 'dumped.py').to_dict() == cfg.to_dict()
+
+
+@pytest.mark.parametrize('installed', [True, False])
+def test_configs_of_a_fork_are_found(installed, monkeypatch):
+    """Of mmseg by a distribution of another name."""
+    pytest.importorskip('mmseg')
+
+    def distribution(name):
+        assert name == 'mmsegmentation'
+        if not installed:
+            raise shipped.PackageNotFoundError(name)
+
+    names = dict(mmseg='mmsegmentation')
+    monkeypatch.setattr('mmengine.config.utils.MODULE2PACKAGE', names)
+    monkeypatch.setattr(shipped, 'distribution', distribution)
+    config_path(RES4)
+    assert names == dict(mmseg='mmsegmentation' if installed else 'mmseg')
+    base = CONFIGS / 'mini' / 'polynl_r18-d4_mini-cityscapes.py'
+    assert Config.fromfile(base).train_dataloader.dataset.type

@@ -7,7 +7,7 @@
 #     optim_wrapper = _base_.polynl_optim
 # Rivals take all of them, too: nothing but the block differs.
 
-# Lets torch's safe loader read mmengine's checkpoints, whatever the tool.
+# Lets torch's safe loader read mmengine's checkpoints, for the hosts, too.
 polynl_imports = dict(
     imports=['polynl_mm.engine.safe_load'], allow_failed_imports=False
 )

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from torch.distributed import constants
 
 from polynl_mm import stack
+from polynl_mm.shipped import know_forks
 
 from . import safe_load
 from .checks import check_loader, check_output, check_plugins, our_errors
@@ -39,6 +40,7 @@ def read_config(path: str, options: dict | None = None) -> Config:
     """
     if not os.path.isfile(path):
         raise StartError(f'config {path} does not exist')
+    know_forks()
     try:
         cfg = Config.fromfile(path)
     except (OSError, ImportError, SyntaxError, UnicodeError) as error:
