@@ -34,6 +34,8 @@ class Host:
         score_thr: Its argument for the least score of what is drawn, if any.
         sample: 'module:name' of what a pipeline packs a picture into.
         meta_keys: What such a sample has to know for a prediction.
+        exported: 'module:name' of what gives, for a model, what of it is
+            exported. Raises ValueError where its config can not be exported.
         tta_defaults: Gives what ``--tta`` takes for the keys ``tta_model``
             and ``tta_pipeline`` where a config lacks them, given the config
             of a data set.
@@ -60,6 +62,7 @@ class Host:
     inferencer: str
     sample: str
     meta_keys: tuple[str, ...]
+    exported: str
     score_thr: str | None = None
     tta_defaults: Callable[[dict], dict] = lambda dataset: {}
     set_up: str | None = None
@@ -226,6 +229,7 @@ HOSTS = {
         score_thr='pred_score_thr',
         sample='mmdet.structures:DetDataSample',
         meta_keys=('img_shape', 'ori_shape', 'scale_factor'),
+        exported='polynl_mm.engine.candidates:exported',
         tta_defaults=_flip,
         set_up='mmdet.utils:setup_cache_size_limit_of_dynamo',
         check_job='polynl_mm.faces.head:check_batch_augments',
@@ -237,6 +241,7 @@ HOSTS = {
         inferencer='mmseg.apis:MMSegInferencer',
         sample='mmseg.structures:SegDataSample',
         meta_keys=('ori_shape',),
+        exported='polynl_mm.engine.export:Logits',
         check_datasets='polynl_mm.segmentation.labels:check_seg_data',
         check_test_cfg='polynl_mm.segmentation.windows:check_test_cfg',
     ),
@@ -248,6 +253,7 @@ HOSTS = {
         inferencer='polynl_mm.classification.inferencer:ClsInferencer',
         sample='mmengine.structures:BaseDataElement',
         meta_keys=(),
+        exported='polynl_mm.engine.export:Scores',
         tta_defaults=_refuse_tta,
         check_datasets='polynl_mm.classification.dataset:check_image_folders',
         check_job='polynl_mm.classification.dataset:check_classes',

@@ -509,6 +509,25 @@ class RetinaFaceHead(AnchorHead):
             for i, meta in enumerate(batch_img_metas)
         ]
 
+    def scores_of(
+        self, cls_scores: Tensor, iou_preds: Tensor | None
+    ) -> Tensor:
+        """Give the scores of predictions, see ``iou_score_exponents``.
+
+        Shape:
+            - cls_scores: (..., num_classes), for softmax one more
+            - iou_preds: (..., 1)
+            - output: (..., num_classes), in [0, 1]
+        """
+        if self.use_sigmoid_cls:
+            scores = cls_scores.sigmoid()
+        else:
+            scores = cls_scores.softmax(-1)[..., :-1]
+        if iou_preds is None:
+            return scores
+        class_exponent, iou_exponent = self.iou_score_exponents
+        return scores**class_exponent * iou_preds.sigmoid() ** iou_exponent
+
     def _candidates(
         self,
         cls_score: Tensor,
@@ -530,17 +549,9 @@ class RetinaFaceHead(AnchorHead):
         def rows(pred):
             return pred.permute(1, 2, 0).reshape(count, -1)
 
-        scores = rows(cls_score)
-        if self.use_sigmoid_cls:
-            scores = scores.sigmoid()
-        else:
-            scores = scores.softmax(1)[:, :-1]
-        if iou_pred is not None:
-            class_exponent, iou_exponent = self.iou_score_exponents
-            scores = (
-                scores**class_exponent
-                * rows(iou_pred).sigmoid() ** iou_exponent
-            )
+        scores = self.scores_of(
+            rows(cls_score), None if iou_pred is None else rows(iou_pred)
+        )
         scores, labels, kept, _ = filter_scores_and_topk(
             scores, cfg.get('score_thr', 0), cfg.nms_pre
         )

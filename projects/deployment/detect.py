@@ -1,0 +1,94 @@
+"""Detect faces with onnxruntime and numpy alone; OpenCV reads and draws.
+
+    python projects/deployment/detect.py faces.onnx picture.jpg drawn.png
+
+``faces.onnx`` is what ``tools/export_onnx.py`` makes of a RetinaFace. Nothing
+of torch, of a host or of this package is imported: copy the file and use it.
+"""
+
+import argparse
+import json
+
+import cv2
+import numpy as np
+import onnxruntime
+
+
+def load(file: str) -> tuple[onnxruntime.InferenceSession, dict]:
+    """Give the network, and what its file says of it."""
+    session = onnxruntime.InferenceSession(
+        file, providers=['CPUExecutionProvider']
+    )
+    facts = session.get_modelmeta().custom_metadata_map
+    keys = ('mean', 'std', 'bgr_to_rgb', 'pad_size_divisor', 'classes')
+    return session, {key: json.loads(facts[key]) for key in keys}
+
+
+def prepare(picture: np.ndarray, facts: dict) -> np.ndarray:
+    """Normalise a picture (h, w, 3) of uint8, BGR, and pad it with zeros.
+
+    Returns:
+        ndarray: (1, 3, H, W), float32.
+    """
+    if facts['bgr_to_rgb']:
+        picture = picture[..., ::-1]
+    x = (picture - np.float32(facts['mean'])) / np.float32(facts['std'])
+    divisor = facts['pad_size_divisor']
+    bottom, right = (-side % divisor for side in picture.shape[:2])
+    x = np.pad(x, ((0, bottom), (0, right), (0, 0)))
+    return np.ascontiguousarray(x.transpose(2, 0, 1)[None])
+
+
+def detect(session, facts: dict, picture: np.ndarray) -> tuple:
+    """Find faces in a picture (h, w, 3) of uint8, BGR.
+
+    Returns:
+        tuple: ``dets`` (n, 5), x1, y1, x2, y2 in pixels and the score, best
+        first; ``labels`` (n,); ``keypoints`` (n, 5, 2), x, y of eyes, nose
+        and corners of the mouth.
+    """
+    outputs = ['dets', 'labels', 'keypoints']
+    found = session.run(outputs, {'input': prepare(picture, facts)})
+    dets, labels, keypoints = (each[0] for each in found)
+    # The network has clipped them to the padded picture.
+    height, width = picture.shape[:2]
+    dets[:, :4] = dets[:, :4].clip(0, [width, height, width, height])
+    return dets, labels, keypoints
+
+
+def draw(picture: np.ndarray, dets, keypoints) -> np.ndarray:
+    """Draw boxes, scores and landmarks into a copy of a picture."""
+    picture = picture.copy()
+    for (*box, score), points in zip(dets, keypoints):
+        x1, y1, x2, y2 = (round(float(v)) for v in box)
+        cv2.rectangle(picture, (x1, y1), (x2, y2), (0, 255, 0), 1)
+        cv2.putText(
+            *(picture, f'{score:.2f}', (x1, y1 - 2)),
+            *(cv2.FONT_HERSHEY_SIMPLEX, 0.3, (0, 255, 0)),
+        )
+        for x, y in points:
+            centre = round(float(x)), round(float(y))
+            cv2.circle(picture, centre, 1, (0, 0, 255), -1)
+    return picture
+
+
+def main() -> None:
+    """Detect and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('model', help='the .onnx file')
+    parser.add_argument('picture')
+    parser.add_argument('out', help='where the drawing goes')
+    parser.add_argument('--score-thr', type=float, default=0.5)
+    args = parser.parse_args()
+    picture = cv2.imread(args.picture)
+    if picture is None:
+        parser.error(f'{args.picture} is no picture that OpenCV reads')
+    dets, _, keypoints = detect(*load(args.model), picture)
+    kept = dets[:, 4] > args.score_thr
+    for *box, score in dets[kept].tolist():
+        print(f'{score:.3f}: ' + ', '.join(f'{v:.1f}' for v in box))
+    cv2.imwrite(args.out, draw(picture, dets[kept], keypoints[kept]))
+
+
+if __name__ == '__main__':
+    main()

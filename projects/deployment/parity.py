@@ -1,0 +1,139 @@
+"""Whether onnxruntime computes what torch does, for many configs: a table.
+
+    python projects/deployment/parity.py
+    python projects/deployment/parity.py --configs configs/coco/NAME.py ...
+
+Each model has random weights as if trained: BatchNorm knows its inputs, and
+what every Poly-NL layer adds is 0.4 of what it is given. Each is exported
+by both exporters, fused and not, at one batch and size, and compared at two
+others. No data and no checkpoint are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+
+import torch
+from benchmarks.timing import machine, table
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from rich.progress import track
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from polynl_mm.engine import export
+from polynl_mm.engine.cli import StartError
+from polynl_mm.engine.start import read_config
+from polynl_mm.fusion import fuse_poly_nl
+from polynl_mm.layers import PolyNL
+
+CONFIGS = [
+    'wider_face/retinaface_r50-polynl-c4_p2-p6-polynl_8xb4-100e_wider-face.py',
+    'wider_face/retinaface_mobilenetv2_p3-p5-polynl_8xb4-100e_wider-face.py',
+    'wider_face/tinaface_r50-polynl-c4_p2-p7_8xb4-100e_wider-face.py',
+    'coco/mask-rcnn_r50-polynl-res4_fpn_1x_coco.py',
+    'coco/mask-rcnn_r50_fpn-polynl_1x_coco.py',
+    'coco/retinanet_pvtv2-b0-polysa_fpn_1x_coco.py',
+    'coco/rtmdet-ins_s-polynl-stage3_8xb32-300e_coco.py',
+    'coco/mask-rcnn_swin-t-p4-w7-polynl-stage3_fpn_1x_coco.py',
+    'cityscapes/polynl_r50-d8_4xb2-40k_cityscapes-512x1024.py',
+    'cityscapes/segformer-polysa_mit-b0_8xb1-160k_cityscapes-1024x1024.py',
+    'imagenet/r50-polynl-c4_8xb32-100e_in1k.py',
+]
+# Of what a layer is given.
+SHARE = 0.4
+
+
+def build(cfg) -> nn.Module:
+    """The model of a config as if it were trained."""
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        model = MODELS.build(deepcopy(cfg.model))
+    model = revert_sync_batchnorm(model).eval()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    layers = [m for m in model.modules() if isinstance(m, PolyNL)]
+    for norm in norms:
+        # It takes over the statistics of the one batch that it sees.
+        norm.train()
+        norm.momentum = 1.0
+        nn.init.normal_(norm.bias, std=0.3)
+    handles = [layer.register_forward_pre_hook(set_beta) for layer in layers]
+    with torch.no_grad():
+        export.to_export(cfg, model)(torch.randn(2, 3, 256, 320))
+    for handle in handles:
+        handle.remove()
+    return model.eval()
+
+
+def set_beta(layer: PolyNL, args: tuple) -> None:
+    """Make what a layer adds a share of what it is given."""
+    x = args[0]
+    layer.beta.fill_(1)
+    # Not as a call, which would come here again.
+    branch = layer.forward(x) - layer.alpha * x
+    layer.beta.fill_(SHARE * x.std() / branch.std())
+
+
+def compare(cfg, fuse: bool, exporter: str) -> tuple[str, str]:
+    """The greatest difference, or why there is none; and what is exported."""
+    model = build(cfg)
+    if fuse:
+        fuse_poly_nl(model)
+    module = export.to_export(cfg, model)
+    divisor = export.divisor_of(cfg)
+    try:
+        program = export.export(module, divisor, exporter)
+    except StartError as error:
+        return str(error), module.what
+    generator = torch.Generator().manual_seed(1)
+    k = -(-256 // divisor)
+    pictures = [
+        torch.randn(b, 3, h * divisor, w * divisor, generator=generator)
+        for b, h, w in ((1, k + 1, k + 2), (3, k, k))
+    ]
+    found = export.verify(module, program, pictures)
+    values = sum(each.values for each in found)
+    worst = max(each.difference for each in found)
+    return f'{worst:.1e} of {values:,}', module.what
+
+
+def main() -> None:
+    """Compare all, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    configs = [ROOT / 'configs' / name for name in CONFIGS]
+    parser.add_argument('--configs', nargs='+', default=configs)
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    cases = [
+        (config, fuse, exporter)
+        for config in args.configs
+        for exporter in export.EXPORTERS
+        for fuse in (False, True)
+    ]
+    rows, notes = {}, []
+    for config, fuse, exporter in track(cases, 'Exporting'):
+        cfg = read_config(str(config))
+        if (cfg.model.get('test_cfg') or {}).get('mode') == 'slide':
+            cfg.model.test_cfg = dict(mode='whole')
+        result, what = compare(cfg, fuse, exporter)
+        row = rows.setdefault(Path(config).stem, [what])
+        if ' of ' not in result[:12]:
+            notes.append(f'{Path(config).stem}: {result}')
+            result = 'refused'
+        row.append(result)
+    head = ['config', 'what is exported']
+    head += [f'{e}{f}' for e in export.EXPORTERS for f in ('', ', fused')]
+    print(machine('cpu'), f', {time.perf_counter() - begun:.0f} s', sep='')
+    print(table(head, [[name, *row] for name, row in rows.items()]))
+    print(*notes, sep='\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,409 @@
+"""Whole models as ONNX files: what torch computes, at other sizes as well."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+onnxruntime = pytest.importorskip('onnxruntime')
+onnx = pytest.importorskip('onnx')
+
+from helpers import OLD_TORCH, calibrate, layers_of, randomize  # noqa: E402
+from mmdet.models.dense_heads import AnchorHead  # noqa: E402
+from mmdet.models.utils import filter_scores_and_topk  # noqa: E402
+from mmengine.config import Config, ConfigDict  # noqa: E402
+from mmengine.registry import MODELS, DefaultScope  # noqa: E402
+from mmengine.structures import InstanceData  # noqa: E402
+from torch import nn  # noqa: E402
+
+from polynl_mm.engine import cli, export  # noqa: E402
+from polynl_mm.engine.cli import StartError  # noqa: E402
+from polynl_mm.engine.nms import append_nms  # noqa: E402
+from polynl_mm.fusion import fuse_poly_nl  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / 'tools'
+
+each_exporter = pytest.mark.parametrize(
+    'exporter',
+    [
+        'older',
+        pytest.param(
+            'dynamo',
+            marks=pytest.mark.skipif(OLD_TORCH, reason='came of age in 2.5'),
+        ),
+    ],
+)
+
+NORM = "norm_cfg=dict(type='BN')"
+BACKBONE = f"""
+_base_ = 'mmdet::_base_/default_runtime.py'
+backbone = dict(
+    type='ResNet', depth=50, base_channels=4, {NORM}, num_stages=2,
+    strides=(1, 2), dilations=(1, 1), zero_init_residual=False,
+    out_indices=(0, 1), plugins=[dict(
+        cfg=dict(type='polynl_mm.PolyNL2d'), position='after_conv3',
+        stages=(False, True))])
+fpn = dict(type='FPN', in_channels=[16, 32], out_channels=12, num_outs=2)
+pre = dict(
+    type='DetDataPreprocessor', mean=[120., 110., 100.], std=[60., 50., 55.],
+    bgr_to_rgb=True, pad_size_divisor=16)
+anchors = dict(
+    type='AnchorGenerator', octave_base_scale=3, scales_per_octave=1,
+    ratios=[1., 2.], strides=[4, 8])
+coder = dict(type='DeltaXYWHBBoxCoder', target_stds=[.1, .1, .2, .2])
+cls = dict(type='CrossEntropyLoss', use_sigmoid=True)
+"""
+FACES = (
+    BACKBONE
+    + """
+model = dict(
+    type='SingleStageDetector', data_preprocessor=pre, backbone=backbone,
+    neck=[fpn, dict(type='SSH', num_scales=2, in_channels=[12, 12],
+                    out_channels=[12, 12])],
+    bbox_head=dict(
+        type='polynl_mm.RetinaFaceHead', in_channels=12,
+        anchor_generator=anchors, bbox_coder=coder, loss_cls=cls,
+        loss_bbox=dict(type='L1Loss'), loss_landmark=dict(type='L1Loss'),
+        loss_iou=cls),
+    test_cfg=dict(
+        nms_pre=300, score_thr=.3, min_bbox_size=0, min_height=8,
+        nms=dict(type='nms', iou_threshold=.4), max_per_img=40))
+"""
+)
+RTMDET = (
+    BACKBONE
+    + """
+model = dict(
+    type='RTMDet', data_preprocessor=pre, backbone=backbone, neck=fpn,
+    bbox_head=dict(
+        type='RTMDetSepBNHead', num_classes=3, in_channels=12,
+        feat_channels=8, stacked_convs=1, share_conv=True,
+        anchor_generator=dict(
+            type='MlvlPointGenerator', offset=0, strides=[4, 8]),
+        bbox_coder=dict(type='DistancePointBBoxCoder'),
+        loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True),
+        loss_bbox=dict(type='GIoULoss')),
+    test_cfg=dict(
+        nms_pre=200, score_thr=.3, min_bbox_size=0,
+        nms=dict(type='nms', iou_threshold=.6), max_per_img=30))
+"""
+)
+TWO_STAGES = (
+    BACKBONE
+    + """
+model = dict(
+    type='FasterRCNN', data_preprocessor=pre, backbone=backbone, neck=fpn,
+    rpn_head=dict(
+        type='RPNHead', in_channels=12, feat_channels=8,
+        anchor_generator=anchors, bbox_coder=coder, loss_cls=cls,
+        loss_bbox=dict(type='L1Loss')),
+    roi_head=dict(type='StandardRoIHead'),
+    train_cfg=dict(rpn=None, rpn_proposal=None, rcnn=None),
+    test_cfg=dict(rpn=None, rcnn=None))
+"""
+)
+CLASSES = """
+default_scope = 'polynl_mm'
+model = dict(
+    type='polynl_mm.Classifier', in_channels=32, num_classes=5,
+    data_preprocessor=dict(type='polynl_mm.ClsDataPreprocessor'),
+    backbone=dict(
+        type='mmdet.ResNet', depth=18, base_channels=4, num_stages=2,
+        strides=(1, 2), dilations=(1, 1), out_indices=(1,)))
+"""
+
+
+def config(folder, text, name='some.py'):
+    (folder / name).write_text(text)
+    return Config.fromfile(folder / name)
+
+
+def trained(cfg, fuse=False):
+    """What is exported of a model that is as if trained."""
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model).eval()
+    randomize(model)
+    for name, module in model.named_modules():
+        # Hosts let all scores begin at one value.
+        if 'cls' in name and isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.3)
+    if layers_of(model):
+        calibrate(model.backbone, torch.randn(1, 3, 64, 64))
+    if fuse:
+        _, report = fuse_poly_nl(model)
+        assert report.fused and not report.left
+    return export.to_export(cfg, model)
+
+
+def pictures(*shapes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(b, 3, *s, generator=generator) for b, *s in shapes]
+
+
+def assert_equal(module, program, *inputs):
+    found = export.verify(module, program, inputs)
+    for each in found:
+        assert each.values > 20 and each.difference <= 1e-4, each
+    return found
+
+
+@each_exporter
+@pytest.mark.parametrize('fuse', [False, True], ids=['plain', 'fused'])
+def test_faces(tmp_path, exporter, fuse):
+    module = trained(config(tmp_path, FACES), fuse)
+    # What mmdeploy asks for.
+    opset = 11 if exporter == 'older' else None
+    program = export.export(module, 16, exporter, opset)
+    assert [each.name for each in program.graph.output] == [
+        *('dets', 'labels', 'keypoints')
+    ]
+    assert {node.domain for node in program.graph.node} == {''}
+    x, y = pictures((1, 80, 112), (3, 144, 96))
+    y[1] = 0
+    assert_equal(module, program, x, y)
+    # A picture with fewer faces has empty rows.
+    dets, labels, keypoints = export.run(export.session(program), [y])
+    counts = (labels == 0).sum(1)
+    assert dets.shape == (3, counts.max(), 5)
+    assert keypoints.shape == (3, counts.max(), 5, 2)
+    assert counts.min() < counts.max() <= 40
+    for each, of_picture, n in zip(dets, labels, counts):
+        assert (of_picture[n:] == -1).all() and not each[n:].any()
+        assert (np.diff(each[:n, 4]) <= 0).all()
+
+
+@each_exporter
+@pytest.mark.parametrize('text', [RTMDET, TWO_STAGES], ids=['rtmdet', 'frcnn'])
+def test_other_detectors(tmp_path, text, exporter):
+    module = trained(config(tmp_path, text))
+    program = export.export(module, 16, exporter)
+    names = [each.name for each in program.graph.output]
+    whole = text is RTMDET
+    assert names == (['dets', 'labels'] if whole else ['feat0', 'feat1'])
+    assert 'without rpn_head (RPNHead), roi_head' in module.what or whole
+    assert_equal(module, program, *pictures((1, 80, 112), (3, 96, 64)))
+
+
+@each_exporter
+def test_maps_of_classes(place, exporter):
+    module = trained(Config.fromfile(place / 'seg.py'), fuse=True)
+    program = export.export(module, 16, exporter)
+    found = assert_equal(module, program, *pictures((1, 72, 90), (3, 64, 50)))
+    # Of the size of the input, two classes.
+    assert [each.values for each in found] == [2 * 72 * 90, 6 * 64 * 50]
+
+
+@each_exporter
+def test_classifier(tmp_path, exporter):
+    module = trained(config(tmp_path, CLASSES))
+    program = export.export(module, 16, exporter)
+    assert_equal(module, program, *pictures((5, 40, 30), (7, 33, 64)))
+
+
+# ----------------------------------------------------------------------- NMS
+
+
+def through_nms(levels, boxes, scores, points, **options):
+    """Run the appended operators alone."""
+    inputs = ['boxes', *(f'scores{i}' for i in range(levels)), 'points']
+    given = ', '.join(f'float[A{name}] {name}_' for name in inputs)
+    text = ', '.join(f'float[A{name}] {name}' for name in inputs)
+    body = '\n'.join(f'{name} = Identity({name}_)' for name in inputs)
+    program = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 17]> '
+        f'some ({given}) => ({text}) {{ {body} }}'
+    )
+    for value in [*program.graph.input, *program.graph.output]:
+        name = value.name.rstrip('_')
+        rank = 4 if name == 'points' else 3
+        dims = value.type.tensor_type.shape.dim
+        del dims[:]
+        for i in range(rank):
+            dims.add().dim_param = f'{name}{i}'
+    program = append_nms(program, levels, True, **options)
+    onnx.checker.check_model(program, full_check=True)
+    return export.run(export.session(program), [boxes, *scores, points])
+
+
+def of_mmdet(head, boxes, scores, points, cfg):
+    """What its own code keeps of one picture."""
+    found, at = [], 0
+    for level in scores:
+        values, labels, kept, _ = filter_scores_and_topk(
+            level.T, cfg.score_thr, cfg.nms_pre
+        )
+        found.append(
+            InstanceData(
+                bboxes=boxes[at:][kept],
+                scores=values,
+                labels=labels,
+                keypoints=points[at:][kept],
+            )
+        )
+        at += level.shape[1]
+    found = InstanceData.cat(found)
+    return AnchorHead._bbox_post_process(head, found, cfg)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(nms_pre=25),
+        dict(max_per_img=9),
+        dict(score_thr=0.6, min_size=9),
+        dict(score_thr=2.0),
+    ],
+    ids=str,
+)
+def test_nms_is_that_of_mmdet(options):
+    generator = torch.Generator().manual_seed(0)
+    classes, sizes, batch = 3, (70, 40), 3
+    corners = torch.rand(batch, sum(sizes), 2, generator=generator) * 40
+    sides = torch.rand(batch, sum(sizes), 2, generator=generator) * 20
+    boxes = torch.cat([corners, corners + sides], 2)
+    scores = [
+        torch.rand(batch, classes, n, generator=generator) for n in sizes
+    ]
+    for level in scores:
+        level[1] *= 0.7
+    points = torch.rand(batch, sum(sizes), 5, 2, generator=generator)
+    options = dict(dict(score_thr=0.3, iou_threshold=0.4), **options)
+    dets, labels, keypoints = through_nms(2, boxes, scores, points, **options)
+    cfg = ConfigDict(
+        nms_pre=options.get('nms_pre', 10**6),
+        score_thr=options['score_thr'],
+        min_bbox_size=options.get('min_size', -1),
+        nms=dict(type='nms', iou_threshold=0.4),
+        max_per_img=options.get('max_per_img', 10**6),
+    )
+    wants = [
+        of_mmdet(None, boxes[i], [s[i] for s in scores], points[i], cfg)
+        for i in range(batch)
+    ]
+    assert dets.shape[1] == max(map(len, wants))
+    assert len({len(want) for want in wants}) > 1 or options['score_thr'] > 1
+    for i, want in enumerate(wants):
+        n = len(want)
+        assert (labels[i, n:] == -1).all()
+        np.testing.assert_array_equal(labels[i, :n], want.labels)
+        np.testing.assert_array_equal(dets[i, :n, :4], want.bboxes)
+        np.testing.assert_array_equal(dets[i, :n, 4], want.scores)
+        np.testing.assert_array_equal(keypoints[i, :n], want.keypoints)
+
+
+# ------------------------------------------------------------------ the tool
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a config, a checkpoint and a picture."""
+    cfg = config(tmp_path, FACES, 'faces.py')
+    model = trained(cfg).detector
+    meta = dict(dataset_meta=dict(classes=('face',)))
+    state = dict(state_dict=model.state_dict(), meta=meta)
+    torch.save(state, tmp_path / 'faces.pth')
+    image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / 'some.png'), image)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    return tmp_path
+
+
+def call(monkeypatch, *args):
+    """Give the exit code of the tool."""
+    monkeypatch.setattr(sys, 'argv', ['export_onnx.py', *args])
+    main = runpy.run_path(str(TOOLS / 'export_onnx.py'))['main']
+    try:
+        cli.run(main)
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def test_the_tool_and_the_example(here, monkeypatch, capfd):
+    options = ['--fuse', '--verify', 'some.png', '--exporter', 'older']
+    args = ['faces.py', 'faces.pth', 'out/faces.onnx', *options]
+    assert call(monkeypatch, *args) == 0
+    out = capfd.readouterr().out
+    assert '2 of 2 Poly-NL layers fused' in out
+    assert 'the whole detector with NMS: dets, labels, keypoints' in out
+    # The second is three quarters of the picture, padded.
+    assert '1 x 3 x 96 x 128: dets' in out and '1 x 3 x 80 x 96: dets' in out
+    assert [path.name for path in Path('out').iterdir()] == ['faces.onnx']
+    facts = {
+        each.key: each.value
+        for each in onnx.load('out/faces.onnx').metadata_props
+    }
+    assert json.loads(facts['mean']) == [120, 110, 100]
+    assert json.loads(facts['classes']) == ['face']
+    assert facts['pad_size_divisor'] == '16' and facts['fused'] == 'true'
+
+    # Without torch: what the detector finds on the picture itself.
+    file = ROOT / 'projects/deployment/detect.py'
+    example = runpy.run_path(str(file))
+    picture = cv2.imread('some.png')
+    dets, _, points = example['detect'](
+        *example['load']('out/faces.onnx'), picture
+    )
+    cfg = Config.fromfile('faces.py')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model, _ = export.load_model(cfg, 'faces.pth')
+    module = export.to_export(cfg, model)
+    (want,) = module.detect(export.read_picture('some.png', model))
+    assert len(want) > 10
+    np.testing.assert_allclose(dets, want[:, :5], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        points.reshape(-1, 10), want[:, 6:], rtol=1e-4, atol=1e-3
+    )
+    monkeypatch.setattr(
+        sys, 'argv', ['detect.py', 'out/faces.onnx', 'some.png', 'drawn.png']
+    )
+    example['main']()
+    drawn = cv2.imread('drawn.png')
+    assert drawn.shape == picture.shape and (drawn != picture).any()
+    assert len(capfd.readouterr().out.splitlines()) == (dets[:, 4] > 0.5).sum()
+
+
+def test_a_difference_ends_with_1(here, monkeypatch, capfd):
+    verify = export.verify
+
+    def wrong(module, program, inputs):
+        return verify(module, program, [x for x in inputs])[:1] + [
+            export.Difference((1,), 'dets', 1, 2e-4)
+        ]
+
+    monkeypatch.setattr(export, 'verify', wrong)
+    args = ['faces.py', 'faces.pth', 'faces.onnx', '--exporter', 'older']
+    assert call(monkeypatch, *args, '--verify', 'some.png') == 1
+    err = capfd.readouterr().err
+    assert '1 of 2 outputs differ by more than 0.0001' in err
+
+
+# ------------------------------------------------------ what is not exported
+
+
+class Breaks(nn.Module):
+    """A module that an exporter can not take."""
+
+    def __init__(self, in_channels, how):
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.how == 'operator':
+            return x + torch.special.i1e(x)
+        # A size that a tracer takes for a constant.
+        return x * int(x.shape[2])
