@@ -80,7 +80,7 @@ def main():
             ]
         if args.fuse:
             model, report = fuse_poly_nl(model)
-            progress.print(report)
+            progress.print(str(report))
         module = export.to_export(cfg, model)
         progress.update(bar, advance=10, description='Exporting')
         program = export.export(

@@ -128,7 +128,9 @@ def main() -> None:
     rows, calls = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         whole = f'{folder}/whole.onnx'
-        quant_pre_process(args.model, whole, skip_optimization=True)
+        quant_pre_process(
+            args.model, whole, skip_optimization=True, skip_symbolic_shape=True
+        )
         every = parts(onnx.load(whole).graph)
         for number, (name, nodes) in enumerate(
             track(every.items(), 'Quantising')
