@@ -463,3 +463,70 @@ def test_a_part_is_left_out_of_the_mean():
     x[:, :, :2, :2] = 7  # what is left out may be anything
     rest = layer(x)
     torch.testing.assert_close(y[..., 2:, :], rest[..., 2:, :])
+
+
+# ----------------------------------------------------------------- deployment
+
+
+@pytest.fixture
+def deployment(monkeypatch):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnx')
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    folder = SCALING.parents[1] / 'deployment'
+    monkeypatch.syspath_prepend(str(folder))
+    names = ('quantise', 'parity', 'detect')
+    return SimpleNamespace(
+        **{name: runpy.run_path(str(folder / f'{name}.py')) for name in names}
+    )
+
+
+def test_pictures_are_prepared_as_by_the_host(deployment):
+    from mmdet.models import DetDataPreprocessor
+
+    facts = dict(mean=[120, 110, 100], std=[60, 50, 55], bgr_to_rgb=True)
+    host = DetDataPreprocessor(pad_size_divisor=16, **facts)
+    picture = np.random.default_rng(0).integers(0, 255, (20, 33, 3), np.uint8)
+    batch = dict(inputs=[torch.from_numpy(picture).permute(2, 0, 1)])
+    want = host(batch)['inputs']
+    got = deployment.detect['prepare'](
+        picture, dict(facts, pad_size_divisor=16)
+    )
+    assert got.dtype == np.float32 and got.shape == (1, 3, 32, 48)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_quantised_is_what_is_named(deployment):
+    from onnx import helper
+
+    nodes = [
+        helper.make_node(kind, ['x'], ['y'], name)
+        for kind, name in (
+            ('Conv', '/backbone/layer3/layer3.0/conv3/Conv'),
+            ('MatMul', '/backbone/layer3/layer3.0/poly_nl/MatMul'),
+            ('Conv', '/backbone/layer3/layer3.0/poly_nl/Conv'),
+            ('Conv', '/bbox_head/conv_cls.0/Conv'),
+            ('Exp', '/Exp'),
+        )
+    ]
+    parts = deployment.quantise['parts']
+    found = parts(helper.make_graph(nodes, 'some', [], []))
+    assert {key: value and len(value) for key, value in found.items()} == {
+        'nothing (float32)': None,
+        'the network without blocks': 2,
+        'and convolutions of blocks': 3,
+        'the whole network': 4,
+        'blocks alone': 2,
+        'all, decoding and NMS as well': 5,
+    }
+    with pytest.raises(ValueError, match='without --fuse'):
+        parts(helper.make_graph(nodes[-2:], 'some', [], []))
+
+
+def test_models_of_the_table_have_branches_that_matter(deployment):
+    layer, x = PolyNL2d(4), torch.randn(2, 4, 5, 6)
+    with torch.no_grad():
+        deployment.parity['set_beta'](layer, (x,))
+        branch = layer(x) - layer.alpha * x
+    assert abs((branch.std() / x.std()).item() - 0.4) < 1e-4

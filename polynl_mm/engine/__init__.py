@@ -7,6 +7,10 @@
 - ``runner``: several processes on CPUs.
 - ``loops``: training where the parts of an image share their gates.
 - ``hooks``: what a training with Poly-NL layers is watched for.
+- ``export``: whole models as ONNX files, checked by onnxruntime; it needs
+  onnx, and so does ``nms``: NMS in its operators.
+- ``candidates``: what of a detector is exported.
+- ``culprit``: which module it is that can not be.
 - ``safe_load``: lets torch's safe loader read mmengine's checkpoints.
 - ``training_state``: what must hold of one for a training to go on from it.
 """

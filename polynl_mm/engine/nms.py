@@ -192,4 +192,9 @@ def append_nms(
         nms, 'nms/', rename_inputs=False, rename_outputs=False
     )
     names = [each.name for each in nms.graph.input]
-    return compose.merge_models(model, nms, [(name, name) for name in names])
+    merged = compose.merge_models(model, nms, [(name, name) for name in names])
+    # It lists those of both, and quantisation refuses a domain that is twice
+    # there.
+    del merged.opset_import[:]
+    merged.opset_import.extend(model.opset_import)
+    return merged

@@ -124,6 +124,8 @@ def main() -> None:
             notes.append(f'{Path(config).stem}: {result}')
             result = 'refused, see below'
         row.append(result)
+        case = f'{Path(config).stem}, {exporter}' + ', fused' * fuse
+        print(f'{case}: {row[-1]}', file=sys.stderr, flush=True)
     head = ['config', 'what is exported']
     head += [f'{e}{f}' for e in export.EXPORTERS for f in ('', ', fused')]
     print(machine('cpu'), f', {time.perf_counter() - begun:.0f} s', sep='')
