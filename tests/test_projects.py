@@ -515,7 +515,6 @@ def test_what_is_quantised_is_what_is_named(deployment):
     assert {key: value and len(value) for key, value in found.items()} == {
         'nothing (float32)': None,
         'the network without blocks': 2,
-        'and convolutions of blocks': 3,
         'the whole network': 4,
         'blocks alone': 2,
         'all, decoding and NMS as well': 5,

@@ -16,8 +16,11 @@ import onnxruntime
 
 def load(file: str) -> tuple[onnxruntime.InferenceSession, dict]:
     """Give the network, and what its file says of it."""
+    options = onnxruntime.SessionOptions()
+    # Errors alone.
+    options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        file, providers=['CPUExecutionProvider']
+        file, options, providers=['CPUExecutionProvider']
     )
     facts = session.get_modelmeta().custom_metadata_map
     keys = ('mean', 'std', 'bgr_to_rgb', 'pad_size_divisor', 'classes')

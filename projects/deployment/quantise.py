@@ -68,13 +68,9 @@ def parts(graph: onnx.GraphProto) -> dict[str, list[str]]:
             '--exporter older and without --fuse'
         )
     rest = [name for name in network if name not in block]
-    convs = {node.name for node in graph.node if node.op_type == 'Conv'}
     return {
         'nothing (float32)': None,
         'the network without blocks': rest,
-        'and convolutions of blocks': [
-            name for name in network if name in rest or name in convs
-        ],
         'the whole network': network,
         'blocks alone': block,
         'all, decoding and NMS as well': names,
