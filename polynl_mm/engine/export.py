@@ -453,8 +453,8 @@ def _farthest(got: np.ndarray, want: np.ndarray, side: int) -> float:
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     """Have onnxruntime ready, on the CPU."""
     options = onnxruntime.SessionOptions()
-    # Errors alone.
-    options.log_severity_level = 3
+    # What goes wrong is raised.
+    options.log_severity_level = 4
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=['CPUExecutionProvider']
     )

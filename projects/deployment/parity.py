@@ -36,7 +36,7 @@ from polynl_mm.layers import PolyNL
 
 CONFIGS = [
     'wider_face/retinaface_r50-polynl-c4_p2-p6-polynl_8xb4-100e_wider-face.py',
-    'coco/mask-rcnn_r50-polynl-res4_fpn_1x_coco.py',
+    'coco/mask-rcnn_r50-polynl-c4_fpn_1x_coco.py',
     'coco/retinanet_pvtv2-b0-polysa_fpn_1x_coco.py',
     'coco/rtmdet-ins_s-polynl-stage3_8xb32-300e_coco.py',
     'coco/mask-rcnn_swin-t-p4-w7-polynl-stage3_fpn_1x_coco.py',
@@ -105,12 +105,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     configs = [ROOT / 'configs' / name for name in CONFIGS]
     parser.add_argument('--configs', nargs='+', default=configs)
+    parser.add_argument('--exporters', nargs='+', default=export.EXPORTERS)
     args = parser.parse_args()
     begun = time.perf_counter()
     cases = [
         (config, fuse, exporter)
         for config in args.configs
-        for exporter in export.EXPORTERS
+        for exporter in args.exporters
         for fuse in (False, True)
     ]
     rows, notes = {}, []
@@ -127,7 +128,7 @@ def main() -> None:
         case = f'{Path(config).stem}, {exporter}' + ', fused' * fuse
         print(f'{case}: {row[-1]}', file=sys.stderr, flush=True)
     head = ['config', 'what is exported']
-    head += [f'{e}{f}' for e in export.EXPORTERS for f in ('', ', fused')]
+    head += [f'{e}{f}' for e in args.exporters for f in ('', ', fused')]
     print(machine('cpu'), f', {time.perf_counter() - begun:.0f} s', sep='')
     print(table(head, [[name, *row] for name, row in rows.items()]))
     print(*notes, sep='\n')
