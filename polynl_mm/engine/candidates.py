@@ -99,7 +99,7 @@ class Candidates(nn.Module):
             raise ValueError(
                 f'model.test_cfg.nms={cfg.nms} is not exported, as the '
                 'standard operator knows plain NMS within each class alone: '
-                'set model.test_cfg.nms="dict(type=\'nms\', '
+                "set model.test_cfg.nms=\"dict(type='nms', "
                 'iou_threshold=0.5)"'
             )
         self.nms = dict(

@@ -37,8 +37,8 @@ def culprit(
 ) -> tuple[str, nn.Module, str] | None:
     """Give the smallest module that fails by itself, where it is told.
 
-    Modules that are called with other things than tensors are not tried, nor
-    what is in them.
+    Modules that take or give other things than tensors are passed over, and
+    what is in them is tried.
 
     Args:
         model: All of it.
@@ -79,7 +79,7 @@ def _children(
 
 @torch.no_grad()
 def _calls(model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Any, ...]]:
-    """What each module is called with first, if that is tensors alone."""
+    """What each module is called with first, if it knows tensors alone."""
     calls = {}
 
     def note(module, args, kwargs):
@@ -87,9 +87,17 @@ def _calls(model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Any, ...]]:
         if not kwargs and leaves and all(map(torch.is_tensor, leaves)):
             calls.setdefault(module, pytree.tree_map(Tensor.clone, args))
 
+    def drop(module, args, output):
+        if not all(map(torch.is_tensor, pytree.tree_leaves(output))):
+            calls.pop(module, None)
+
     handles = [
-        module.register_forward_pre_hook(note, with_kwargs=True)
+        handle
         for module in model.modules()
+        for handle in (
+            module.register_forward_pre_hook(note, with_kwargs=True),
+            module.register_forward_hook(drop),
+        )
     ]
     try:
         model(x)

@@ -25,6 +25,7 @@ from torch import nn  # noqa: E402
 
 from polynl_mm.engine import cli, export  # noqa: E402
 from polynl_mm.engine.cli import StartError  # noqa: E402
+from polynl_mm.engine.culprit import culprit  # noqa: E402
 from polynl_mm.engine.nms import append_nms  # noqa: E402
 from polynl_mm.fusion import fuse_poly_nl  # noqa: E402
 
@@ -460,6 +461,37 @@ def test_the_module_is_named(here, monkeypatch, capfd, how, why):
     assert line.endswith(
         '; try --exporter dynamo, or replace this module in the config'
     )
+
+
+class Whole(nn.Module):
+    """Of a module that gives more than tensors, and of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(True))
+        self.items = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+        self.patches.forward = lambda x: (self.patches[0](x), (1, 2))
+
+    def forward(self, x):
+        x, _ = self.patches(x)
+        for item in self.items:
+            x = item(x)
+        return x
+
+
+@pytest.mark.parametrize('path', ['patches.0', 'items.1', None])
+def test_the_smallest_is_found(path):
+    model = Whole()
+    part = path and model.get_submodule(path)
+
+    def why(alone, given):
+        assert [len(tensors) for tensors in given] == [1, 1]
+        assert all(map(torch.is_tensor, alone(*given[1])))
+        # What has it in it fails, too.
+        return 'as told' if part in alone.module.modules() else None
+
+    found = culprit(model, pictures((1, 8, 6), (2, 4, 4)), why)
+    assert found == (path and (path, part, 'as told'))
 
 
 @pytest.mark.parametrize(
