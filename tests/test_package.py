@@ -260,3 +260,13 @@ def test_editable_install_imports_the_checkout(checkout, tmp_path):
         package / 'faces' / '__init__.py',
     ]
     assert metadata(info.parent).version == polynl_mm.__version__
+
+
+def test_image_has_the_versions_of_the_setup():
+    setup = (ROOT / 'tools/setup_env.sh').read_text()
+    official = setup[setup.index('official)') : setup.index('onedl)')]
+    versions = dict(re.findall(r'(mm\w+)==([\d.]+)', official))
+    assert set(versions) == {'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'}
+    image = (ROOT / 'docker/Dockerfile').read_text()
+    image = image.replace('${MMCV}', re.search(r'ARG MMCV=(\S+)', image)[1])
+    assert dict(re.findall(r'(mm\w+)==([\d.]+)', image)) == versions

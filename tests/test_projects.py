@@ -529,3 +529,44 @@ def test_models_of_the_table_have_branches_that_matter(deployment):
         deployment.parity['set_beta'](layer, (x,))
         branch = layer(x) - layer.alpha * x
     assert abs((branch.std() / x.std()).item() - 0.4) < 1e-4
+
+
+# -------------------------------------------------------------- tutorial
+
+
+def test_tutorial(tmp_path):
+    """Every cell, with a training of three iterations."""
+    for name in ('mmseg', 'cityscapesscripts', 'onnx', 'onnxruntime'):
+        pytest.importorskip(name)
+    book = SCALING.parents[1] / 'tutorial/tutorial.ipynb'
+    cells = json.loads(book.read_text())['cells']
+    code = '\n'.join(
+        ''.join(cell['source'])
+        for cell in cells
+        if cell['cell_type'] == 'code'
+    )
+    for old, new in (
+        ('ITERATIONS = 400', 'ITERATIONS = 3'),
+        ("ROOT / 'work_dirs/tutorial'", f'Path({str(tmp_path)!r})'),
+        ("'--seed', 0)", "'--seed', 0, '--train', 4, '--val', 4)"),
+        # There need be no Jupyter.
+        (
+            'from IPython.display import Image, display',
+            'Image = display = str',
+        ),
+    ):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    (tmp_path / 'tutorial.py').write_text(code)
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', tmp_path / 'tutorial.py'],
+        cwd=book.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert 'the same: True' in done.stdout
+    assert '6 of 6 Poly-NL layers fused' in done.stdout
+    assert 'same classes: 100.00%' in done.stdout
+    for name in ('curves.png', 'street.onnx'):
+        assert (tmp_path / name).is_file()
