@@ -33,12 +33,14 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / 'tools'
 
 
-def dynamo(*args):
-    """Arguments of a test, for that exporter."""
-    old = pytest.mark.skipif(OLD_TORCH, reason='came of age in 2.5')
-    return pytest.param(*args, 'dynamo', marks=old)
-
-
+# The newer exporter takes ten times as long.
+LONG = pytest.param(
+    *(True, 'dynamo'),
+    marks=[
+        pytest.mark.long,
+        pytest.mark.skipif(OLD_TORCH, reason='came of age in 2.5'),
+    ],
+)
 BACKBONE = """
 _base_ = 'mmdet::_base_/default_runtime.py'
 backbone = dict(
@@ -171,7 +173,7 @@ def assert_equal(module, program, *inputs):
 
 
 @pytest.mark.parametrize(
-    'fuse, exporter', [(False, 'older'), (True, 'older'), dynamo(True)]
+    'fuse, exporter', [(False, 'older'), (True, 'older'), LONG]
 )
 def test_faces(tmp_path, fuse, exporter):
     module = trained(config(tmp_path, FACES), fuse)
