@@ -183,6 +183,24 @@ def test_pool_is_given_the_gate(norm):
     assert [g.shape for g in gates] == [(2, 6)]
 
 
+@pytest.mark.parametrize('norm', [None, dict(type='GN', num_groups=2)])
+@pytest.mark.parametrize('pool', [None, lambda g: g.roll(1, 1)])
+def test_watched_it_is_the_same(norm, pool):
+    """To the last bit, and its gate is the one that was pooled."""
+    layer = PolyNL2d(6, beta_init=0.5, norm_cfg=norm)
+    x, calls = torch.randn(2, 6, 7, 3), []
+    layer.watch = calls.append
+    layer(x)
+    if pool is not None:
+        layer.around = lambda layer, x: (pool, None)
+    watched = layer(x)
+    layer.watch = None
+    assert torch.equal(watched, layer(x))
+    alone, pooled = (call.gate for call in calls)
+    assert torch.equal(pooled, alone if pool is None else pool(alone))
+    assert [call.pooled for call in calls] == [False, pool is not None]
+
+
 @each_layer
 @pytest.mark.parametrize('kind', ['BN', 'IN'])
 def test_norm_of_the_right_dimension(dims, kind):

@@ -546,7 +546,7 @@ def test_tutorial(tmp_path):
         if cell['cell_type'] == 'code'
     )
     for old, new in (
-        ('ITERATIONS = 400', 'ITERATIONS = 3'),
+        ('ITERATIONS = 800', 'ITERATIONS = 3'),
         ("ROOT / 'work_dirs/tutorial'", f'Path({str(tmp_path)!r})'),
         ("'--seed', 0)", "'--seed', 0, '--train', 4, '--val', 4)"),
         # There need be no Jupyter.
