@@ -27,7 +27,7 @@ class Alone(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call it."""
         args = pytree.tree_unflatten(list(tensors), self.spec)
-        return tuple(pytree.tree_leaves(self.module(*args)))
+        return tuple(pytree.tree_flatten(self.module(*args))[0])
 
 
 def culprit(
@@ -83,12 +83,12 @@ def _calls(model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Any, ...]]:
     calls = {}
 
     def note(module, args, kwargs):
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = pytree.tree_flatten((args, kwargs))[0]
         if not kwargs and leaves and all(map(torch.is_tensor, leaves)):
             calls.setdefault(module, pytree.tree_map(Tensor.clone, args))
 
     def drop(module, args, output):
-        if not all(map(torch.is_tensor, pytree.tree_leaves(output))):
+        if not all(map(torch.is_tensor, pytree.tree_flatten(output)[0])):
             calls.pop(module, None)
 
     handles = [
