@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -253,7 +254,7 @@ def through_nms(levels, boxes, scores, points, **options):
 
 
 def of_mmdet(head, boxes, scores, points, cfg):
-    """What its own code keeps of one picture."""
+    """What its own code keeps of one picture, and faces of low boxes."""
     found, at = [], 0
     for level in scores:
         values, labels, kept, _ = filter_scores_and_topk(
@@ -269,6 +270,8 @@ def of_mmdet(head, boxes, scores, points, cfg):
         )
         at += level.shape[1]
     found = InstanceData.cat(found)
+    _, top, _, bottom = found.bboxes.unbind(1)
+    found = found[bottom - top >= cfg.min_height]
     return AnchorHead._bbox_post_process(head, found, cfg)
 
 
@@ -279,6 +282,7 @@ def of_mmdet(head, boxes, scores, points, cfg):
         dict(nms_pre=25),
         dict(max_per_img=9),
         dict(score_thr=0.6, min_size=9),
+        dict(min_height=9),
         dict(score_thr=2.0),
     ],
     ids=str,
@@ -301,6 +305,7 @@ def test_nms_is_that_of_mmdet(options):
         nms_pre=options.get('nms_pre', 10**6),
         score_thr=options['score_thr'],
         min_bbox_size=options.get('min_size', -1),
+        min_height=options.get('min_height', -1),
         nms=dict(type='nms', iou_threshold=0.4),
         max_per_img=options.get('max_per_img', 10**6),
     )
@@ -318,6 +323,23 @@ def test_nms_is_that_of_mmdet(options):
         np.testing.assert_array_equal(dets[i, :n, :4], want.bboxes)
         np.testing.assert_array_equal(dets[i, :n, 4], want.scores)
         np.testing.assert_array_equal(keypoints[i, :n], want.keypoints)
+
+
+def test_detections_that_differ():
+    """Any of them, in place, score or label, and one that is missing."""
+    rows = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
+    rows = rows.numpy() * 100
+    rows[:, 5] = 0
+    farthest = partial(export._farthest, side=200)
+    assert farthest(rows, rows[::-1]) == 0
+    for column, difference in ((0, 20), (4, 0.1), (5, 0.1), (15, 20)):
+        other = rows.copy()
+        other[2, column] += difference
+        for pair in ((rows, other), (other, rows)):
+            assert farthest(*pair) == pytest.approx(0.1, rel=1e-5)
+    assert farthest(rows[:3], rows) > 0.01 < farthest(rows, rows[:3])
+    assert farthest(rows, rows[:0]) == farthest(rows[:0], rows) == np.inf
+    assert farthest(rows[:0], rows[:0]) == 0
 
 
 # ------------------------------------------------------------------ the tool
@@ -471,6 +493,7 @@ class Whole(nn.Module):
         super().__init__()
         self.patches = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(True))
         self.items = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+        self.items.append(nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1))))
         self.patches.forward = lambda x: (self.patches[0](x), (1, 2))
 
     def forward(self, x):
@@ -480,7 +503,7 @@ class Whole(nn.Module):
         return x
 
 
-@pytest.mark.parametrize('path', ['patches.0', 'items.1', None])
+@pytest.mark.parametrize('path', ['patches.0', 'items.1', 'items.2.0.0', None])
 def test_the_smallest_is_found(path):
     model = Whole()
     part = path and model.get_submodule(path)
