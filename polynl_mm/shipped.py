@@ -6,6 +6,7 @@ and of those by the names of OpenMMLab's own distributions.
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ __all__ = ['config_path', 'know_forks']
 _HERE = Path(__file__).resolve().parent
 
 
-def config_path(name: str) -> str:
+def config_path(name: str | os.PathLike) -> str:
     """Give the path of a config of this package, by its name.
 
     A config outside the package inherits it so, without an import statement,
@@ -26,7 +27,7 @@ def config_path(name: str) -> str:
             'mask-rcnn_r50-polynl-res4_fpn_1x_coco')
 
     Args:
-        name (str): That of the file, with or without ``.py``, and with or
+        name: That of the file, with or without ``.py``, and with or
             without folders (``'_base_/polynl'``), or how it begins where no
             other begins so (``'mask-rcnn_r50-polynl-res4'``).
 
@@ -49,7 +50,7 @@ def config_path(name: str) -> str:
         parts = path.relative_to(folder).with_suffix('').parts
         for start in range(len(parts)):
             named.setdefault('/'.join(parts[start:]), set()).add(path)
-    wanted = name.removesuffix('.py')
+    wanted = os.fspath(name).removesuffix('.py')
     found = named.get(wanted) or {
         path
         for key, paths in named.items()
@@ -62,10 +63,12 @@ def config_path(name: str) -> str:
     names = sorted(path.stem for path in found) or get_close_matches(
         wanted, files, n=3, cutoff=0.3
     )
-    said = 'several begin so' if found else 'there is none, nearest'
+    said = 'several begin so' if found else 'there is none'
+    if names:
+        said += ': ' if found else ', nearest: '
     more = f' and {len(names) - 3} more' if len(names) > 3 else ''
     raise ValueError(
-        f'{name!r}, expected the name of one config of polynl_mm: {said}: '
+        f'{name!r}, expected the name of one config of polynl_mm: {said}'
         + ', '.join(names[:3])
         + more
     )

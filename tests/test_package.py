@@ -270,3 +270,13 @@ def test_image_has_the_versions_of_the_setup():
     image = (ROOT / 'docker/Dockerfile').read_text()
     image = image.replace('${MMCV}', re.search(r'ARG MMCV=(\S+)', image)[1])
     assert dict(re.findall(r'(mm\w+)==([\d.]+)', image)) == versions
+
+
+def test_top_level():
+    """What was left there by chance would be shipped to all."""
+    top = {name.partition('/')[0] for name in sources()}
+    assert top == {
+        *('polynl_mm', 'configs', 'tools', 'tests', 'projects', 'docker'),
+        *('README.md', 'CHANGELOG.md', 'CONTRIBUTING.md', 'CITATION.cff'),
+        *('LICENSE', 'setup.cfg', 'pyproject.toml', '.ci', '.gitignore'),
+    }

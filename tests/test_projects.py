@@ -547,7 +547,7 @@ def test_tutorial(tmp_path):
     )
     for old, new in (
         ('ITERATIONS = 800', 'ITERATIONS = 3'),
-        ("ROOT / 'work_dirs/tutorial'", f'Path({str(tmp_path)!r})'),
+        ("Path('work_dirs/tutorial')", f'Path({str(tmp_path)!r})'),
         ("'--seed', 0)", "'--seed', 0, '--train', 4, '--val', 4)"),
         # There need be no Jupyter.
         (

@@ -21,6 +21,7 @@ RES4 = 'mask-rcnn_r50-polynl-res4_fpn_1x_coco'
         (RES4, f'coco/{RES4}.py'),
         (f'{RES4}.py', f'coco/{RES4}.py'),
         (f'coco/{RES4}', f'coco/{RES4}.py'),
+        (Path(f'coco/{RES4}.py'), f'coco/{RES4}.py'),
         ('mask-rcnn_r50-polynl-res4', f'coco/{RES4}.py'),
         ('_base_/polynl', '_base_/polynl.py'),
         # Not all those that begin so.
@@ -42,6 +43,7 @@ def test_every_config_has_a_name_of_its_own():
         ('mask-rcn_r50-polynl-res4_fpn_1x_coco', f'nearest: {RES4}'),
         ('mask-rcnn_r50-polynl', 'several begin so: mask-rcnn_r50-polynl-c3'),
         ('', 'there is none'),
+        (Path('coco/zzz.py'), 'there is none'),
     ),
 )
 def test_what_is_not_there(name, said):
@@ -49,6 +51,7 @@ def test_what_is_not_there(name, said):
         config_path(name)
     assert said in str(caught.value)
     assert repr(name) in str(caught.value)
+    assert not str(caught.value).endswith(': ')
 
 
 @pytest.mark.parametrize('listed', [False, True])
