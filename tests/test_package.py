@@ -127,6 +127,7 @@ def test_wheel_has_the_licence_and_needs_nothing(installed):
     assert not hard
     assert set(dist.metadata.get_all('Provides-Extra')) == {
         'det',
+        'export',
         'seg',
         'onedl-det',
         'onedl-seg',

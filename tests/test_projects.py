@@ -407,7 +407,10 @@ def test_seeds_of_attention_are_of_the_better_rate(tmp_path, monkeypatch):
     }
     (tmp_path / 'found.json').write_text(json.dumps(found))
     args = SimpleNamespace(
-        json=tmp_path / 'found.json', seeds=[0, 1, 2], rates=[0.002, 0.006]
+        json=tmp_path / 'found.json',
+        tasks=['cityscapes'],
+        seeds=[0, 1, 2],
+        rates=[0.002, 0.006],
     )
     row = study['Study'](args).row('cityscapes', 'Poly-SA, mean')
     assert row[1:] == ['0.006', '7.0', '5.0 to 9.0', '1,234', '7']

@@ -275,7 +275,8 @@ def city_converters() -> Callable:
     """What makes the label maps of ``<prefix>_polygons.json``."""
     if find_spec('cityscapesscripts') is None:
         raise UserError(
-            'its converters are needed: pip install cityscapesscripts==2.3.0'
+            'cityscapesscripts is not installed, whose converters make the '
+            'labels: pip install cityscapesscripts==2.3.0'
         )
     from cityscapesscripts.helpers.annotation import Annotation
     from cityscapesscripts.preparation.json2instanceImg import (

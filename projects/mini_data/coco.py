@@ -240,7 +240,10 @@ def coco(out: Path, seed: int, sizes: dict) -> None:
     each split.
     """
     if find_spec('pycocotools') is None:
-        raise UserError('masks need an encoder: pip install pycocotools')
+        raise UserError(
+            'pycocotools is not installed, which encodes the masks: pip '
+            'install pycocotools'
+        )
     categories = [
         dict(supercategory='digit', id=1 + k, name=str(k)) for k in range(10)
     ]

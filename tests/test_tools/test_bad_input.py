@@ -1111,8 +1111,8 @@ def test_a_full_disk_stops_in_a_line(here, refuse, weights, monkeypatch):
     )
     assert refuse('train', 'det.py', '--work-dir', 'work') == (
         "[Errno 28] No space left on device: 'work/a.pth': the training "
-        'stopped after 7 iterations; the last good checkpoint is '
-        'work/epoch_1.pth'
+        'stopped after 7 iterations; make room and --resume; the last good '
+        'checkpoint is work/epoch_1.pth'
     )
 
 
