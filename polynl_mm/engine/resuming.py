@@ -143,7 +143,7 @@ class _Apart:
             set_random_state(outside)
 
     def skip_iter(self, count: int) -> None:
-        """Skip batches, as mmengine's fork asks; what is skipped draws, too."""
+        """Skip batches, as the fork of mmengine asks; they draw, too."""
         for _ in range(count):
             next(self)
 
