@@ -84,6 +84,7 @@ class PolyNLHook(Hook):
         self.fuse_test = fuse_test
         self._whole = None
         self._seen = {}
+        self._handle = None
 
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch=None
@@ -144,6 +145,12 @@ class PolyNLHook(Hook):
         ):
             for name, layer in _layers(runner.model, InContext).items():
                 layer.watch = partial(self._see, name)
+            # Other hooks may run the model before this one is asked again.
+            # The layers stay watched, so that a checkpointed one is computed
+            # again as it was.
+            self._handle = _unwrapped(runner.model).register_forward_hook(
+                lambda *args: self._end()
+            )
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
@@ -158,6 +165,7 @@ class PolyNLHook(Hook):
         }
         for layer in _layers(runner.model, InContext).values():
             layer.watch = None
+        self._end()
         for name, seen in self._seen.items():
             values[name] = torch.stack(seen).mean().reshape(1)
         self._seen = {}
@@ -169,8 +177,16 @@ class PolyNLHook(Hook):
                 dict(zip(keys, numbers.tolist())), step=runner.iter + 1
             )
 
+    def _end(self) -> None:
+        """End with the forward of the step."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
     def _see(self, name: str, call: Call) -> None:
         """Keep what there is to tell of a call, on the device."""
+        if self._handle is None:
+            return
         values = dict(share=share(call), gate_spread=gate_spread(call.gate))
         for key, value in values.items():
             if value is not None:

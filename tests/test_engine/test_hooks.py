@@ -13,6 +13,7 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmcv')
 
 from mmengine.dataset import pseudo_collate  # noqa: E402
+from mmengine.hooks import Hook  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from torch import nn  # noqa: E402
@@ -62,6 +63,7 @@ def train(
     lr=0.0,
     interval=2,
     kind=Runner,
+    others=(),
     **more,
 ):
     """Five iterations; the log, and the scalars of layers by step."""
@@ -76,7 +78,10 @@ def train(
             paramwise_cfg=dict(custom_keys=keys or {}),
         ),
         default_hooks=dict(checkpoint=None),
-        custom_hooks=[dict(type='polynl_mm.PolyNLHook', interval=interval)],
+        custom_hooks=[
+            dict(type='polynl_mm.PolyNLHook', interval=interval),
+            *others,
+        ],
         experiment_name=folder.name,
         **more,
     )
@@ -211,6 +216,31 @@ def test_nothing_is_watched_between(tmp_path, monkeypatch):
     )
     train(tmp_path, Model(beta=0.25), keys=NO_DECAY, interval=4)
     assert told == ['first.poly_nl', 'last.poly_nl']
+
+
+class RunAgainHook(Hook):
+    """Runs the model between the step and the log, on something else."""
+
+    priority = 'LOW'
+
+    def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+        runner.model([torch.randn(3, 4, 4)] * 2)
+
+
+def test_the_forward_of_the_step_alone_is_logged(tmp_path):
+    """Of all layers, whatever other hooks run the model for."""
+    torch.manual_seed(0)
+    model = Model(beta=0.25)
+    want = train(
+        tmp_path / 'step_alone', deepcopy(model), keys=NO_DECAY, decay=0
+    )[1]
+    others = [RunAgainHook()]
+    got = train(
+        tmp_path / 'run_again', model, keys=NO_DECAY, decay=0, others=others
+    )[1]
+    for layer in ('first', 'last'):
+        assert want[2][f'poly_nl/{layer}.poly_nl.share'] > 1e-3
+    assert got == want
 
 
 def test_values_reach_tensorboard(tmp_path, monkeypatch):
