@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from mmcv import imfrombytes
 from mmcv.cnn.bricks.non_local import _NonLocalNd
+from mmcv.transforms import Pad
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.dist import is_main_process
@@ -24,6 +27,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from polynl_mm.influence import layer_at, looking, only
+from polynl_mm.limits import decode_picture
 from polynl_mm.registry import HOOKS
 
 from .checks import leaf_datasets
@@ -45,10 +49,12 @@ class Picture:
     Attributes:
         pixels: (H, W, 3) uint8, RGB, as in the file.
         data: A batch of it, for the preprocessor of a model.
+        scale: (x, y), from its pixels to those of the batch.
 
     Raises:
-        ValueError: The pipeline does more to pictures than to resize and pad
-            them, so that it is not known where a pixel went.
+        OSError: The file can not be read.
+        ValueError: It is no picture, or the pipeline does more to it than to
+            resize and pad, so that it is not known where a pixel went.
     """
 
     def __init__(self, cfg: Config, path: str) -> None:
@@ -63,27 +69,41 @@ class Picture:
         ]
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
             *steps, pack = Compose(steps).transforms
+        # The hosts' loaders have errors that name no file, or none.
+        decode_picture(Path(path).read_bytes(), path, imfrombytes)
         # What mmdet's samples must have.
         results = dict(img_path=path, img_id=0)
-        self.pixels = None
+        self.pixels, self.scale = None, (1.0, 1.0)
         for step in steps:
+            before = results.copy()
             results = step(results)
             if self.pixels is None:
                 self.pixels = _rgb(results['img'])
-        size, shape = self.pixels.shape[:2], results['img'].shape[:2]
-        scale = results.get('scale_factor', (1.0, 1.0))
-        # Rounded as it may be, that is what was resized.
-        resized = [n * factor for n, factor in zip(size, scale[::-1])]
-        if (
-            results.get('flip')
-            or any(a > b + 1 for a, b in zip(resized, shape))
-            or ('scale_factor' not in results and shape != size)
-        ):
-            raise ValueError(
-                'test_dataloader.dataset.pipeline does more than to resize a '
-                'picture and pad it: where its pixels went is not known'
-            )
-        self.scale, self.data = scale, pseudo_collate([pack(results)])
+            elif not self._follow(step, before, results):
+                raise ValueError(
+                    f'test_dataloader.dataset.pipeline: {type(step).__name__} '
+                    'does more than to resize a picture or pad it: where its '
+                    'pixels went is not known'
+                )
+        self.data = pseudo_collate([pack(results)])
+
+    def _follow(self, step, before: dict, after: dict) -> bool:
+        """Scale by what a step did; False if that is not known."""
+        size, new_size = (each['img'].shape[:2] for each in (before, after))
+        factor = after.get('scale_factor')
+        if type(step).__name__ == 'ResizeToMultiple':
+            # mmseg's tells no factor.
+            factor = [new / old for old, new in zip(size, new_size)][::-1]
+        elif factor is before.get('scale_factor'):
+            # Hosts pad at the right and at the bottom.
+            padded = isinstance(step, Pad) or size == new_size
+            return padded and not after.get('flip')
+        self.scale = tuple(a * b for a, b in zip(self.scale, factor))
+        # What is larger was padded. Rounded as it may be.
+        return not after.get('flip') and all(
+            old * scale <= new + 1
+            for old, scale, new in zip(size, factor[::-1], new_size)
+        )
 
     def check(self, points: Sequence[tuple[int, int]]) -> None:
         """Raise ValueError for a point x, y that is not in the picture."""

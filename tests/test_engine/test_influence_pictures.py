@@ -85,6 +85,8 @@ PAD = dict(type='Pad', size=(64, 40))
         ((), (16, 32), 1),
         ((RESIZE,), (32, 64), 2),
         ((RESIZE, PAD), (48, 64), 2),
+        # The second factor is that of the second step alone.
+        ((RESIZE, dict(type='Resize', scale_factor=2.0)), (64, 128), 4),
     ),
 )
 def test_a_pixel_is_seen_where_it_lies(path, steps, given, scale):
@@ -125,6 +127,16 @@ def test_what_can_not_be_placed_is_refused(path):
         views(Model(), picture, [(30, 0)])
     with pytest.raises(ValueError, match='has no Poly-NL layer'):
         views(Model(nn.Identity()), picture, [(0, 0)])
+
+
+def test_an_enlargement_without_a_factor_is_no_padding(path):
+    """mmseg's ResizeToMultiple tells none."""
+    pytest.importorskip('mmseg')
+    step = dict(type='mmseg.ResizeToMultiple', size_divisor=16)
+    picture = Picture(config(step), path)
+    assert picture.scale == (32 / 30, 16 / 13)
+    # The last cells are those of the last pixels.
+    assert picture.rows(16, 16)[-1] == 15 and picture.columns(32, 32)[-1] == 31
 
 
 def test_a_number_of_the_scores_at_a_point(path):
@@ -240,5 +252,7 @@ def test_hook_draws(tmp_path, path):
 def test_hook_is_refused_before_the_training(tmp_path, path, hook, line):
     with pytest.raises(StartError, match=line):
         train(tmp_path / 'a', path, **hook)
-    with pytest.raises(StartError, match='none.png: '):
+    with pytest.raises(StartError, match="No such file .*none.png'"):
         train(tmp_path / 'b', str(tmp_path / 'none.png'), at=[(0, 0)])
+    with pytest.raises(StartError, match=r'\.py: not a readable picture'):
+        train(tmp_path / 'c', __file__, at=[(0, 0)])
