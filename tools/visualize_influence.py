@@ -16,13 +16,13 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
 
 import cv2
 import numpy as np
+import torch
 from mmengine.device import get_device
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 from polynl_mm.engine import checks, cli, start
 from polynl_mm.engine.cli import StartError
-from polynl_mm.limits import decode_picture
 
 GAP = 4
 
@@ -70,8 +70,9 @@ def parse_args():
         '--beside',
         nargs=2,
         metavar=('CONFIG', 'CHECKPOINT'),
-        help='another model, whose last Poly-NL layer, or what the last '
-        'NonLocal2d of it attends to, is drawn beside',
+        help='another model, of which the same is drawn beside; where it has '
+        'no such --layer, of its last Poly-NL layer, or what its last '
+        'NonLocal2d attends to',
     )
     parser.add_argument(
         '--device', help='such as cuda:0 or cpu; by default a GPU if any'
@@ -80,15 +81,36 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_image(path):
-    """Decode the picture as the hosts do, whose errors name no file."""
-    # Not for those who ask for --help alone.
-    from mmcv import imfrombytes
-
+def check_device(device):
+    """Say at the start that a device is none, or not there."""
     try:
-        decode_picture(Path(path).read_bytes(), path, imfrombytes)
-    except (OSError, ValueError) as error:
-        raise StartError(str(error)) from error
+        torch.device(device)
+    except RuntimeError as error:
+        raise StartError(
+            f'--device {device} is none: expected one such as cuda:0 or cpu'
+        ) from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise StartError(
+            f'--device {device}, but this machine has no such device'
+        ) from error
+
+
+def options_for(config, options):
+    """Give those of the settings that have a place in another config."""
+    cfg = start.read_config(config)
+    fitting = {}
+    for key, value in options.items():
+        place = cfg
+        try:
+            for part in key.split('.')[:-1]:
+                place = place[int(part) if part.isdigit() else part]
+        except (KeyError, IndexError, TypeError):
+            cli.say(f'{config} has no place for --cfg-options {key}')
+        else:
+            fitting[key] = value
+    return fitting
 
 
 def load(cfg, checkpoint, device):
@@ -106,12 +128,14 @@ def load(cfg, checkpoint, device):
 def main():
     """Look, and draw."""
     args = parse_args()
-    check_image(args.image)
+    device = args.device or get_device()
+    check_device(device)
+    models = [(args.config, args.checkpoint, args.cfg_options)]
+    if args.beside:
+        options = options_for(args.beside[0], args.cfg_options or {})
+        models.append((*args.beside, options))
     jobs = []
-    for config, checkpoint, options in (
-        (args.config, args.checkpoint, args.cfg_options),
-        *([(*args.beside, None)] if args.beside else []),
-    ):
+    for config, checkpoint, options in models:
         cfg = start.read_config(config, options)
         checks.require(cfg, 'model', 'test_dataloader')
         checks.check_checkpoint(cfg, checkpoint)
@@ -119,18 +143,21 @@ def main():
     # Bound to mmcv, which has its say before it is imported.
     from polynl_mm.engine.influence import Picture, draw, views
 
-    device = args.device or get_device()
+    score = None
+    if args.of == 'class':
+        score = lambda scores, point: scores.max()  # noqa: E731
     seen = []
     for cfg, checkpoint in jobs:
-        own = dict(layer=args.layer, call=args.call)
-        if args.of == 'class':
-            own['score'] = lambda scores, point: scores.max()
         try:
             picture = Picture(cfg, args.image)
             picture.check(args.at)
             model = load(cfg, checkpoint, device)
-            found = views(model, picture, args.at, **({} if seen else own))
-        except ValueError as error:
+            layer = args.layer
+            if seen and layer and layer not in dict(model.named_modules()):
+                cli.say(f'{cfg.filename} has no {layer}: its last is drawn')
+                layer = None
+            found = views(model, picture, args.at, layer, args.call, score)
+        except (OSError, ValueError) as error:
             raise StartError(f'{args.image}, {cfg.filename}: {error}') from (
                 error
             )
@@ -143,7 +170,8 @@ def main():
         gap = np.full((len(picture.pixels), GAP, 3), 255, np.uint8)
         row = np.hstack([each for p in panels for each in (p, gap)][:-1])
         path = Path(args.out) / f'{Path(args.image).stem}_{x}_{y}.png'
-        cv2.imwrite(str(path), row[..., ::-1])
+        if not cv2.imwrite(str(path), row[..., ::-1]):
+            raise StartError(f'{path} can not be written')
         print(f'{path}: sum {seen[0].sums[k]:.4g}')
 
 

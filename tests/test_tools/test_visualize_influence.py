@@ -70,7 +70,7 @@ def look(files, monkeypatch, capfd, tmp_path):
             cli.run(main)
         except SystemExit as error:
             assert error.code == 2
-            assert not Path('out').exists()
+            assert not [*Path('.').glob('out/*.*')]
             lines = capfd.readouterr().err.splitlines()
             return [line for line in lines if 'error: ' in line][-1]
         return capfd.readouterr().out
@@ -79,12 +79,16 @@ def look(files, monkeypatch, capfd, tmp_path):
 
 
 AT = ('--at', 9, 30)
+WINDOWS = (
+    *('--cfg-options', 'model.test_cfg.mode=slide'),
+    *('model.test_cfg.crop_size=32,32', 'model.test_cfg.stride=32,32'),
+)
 
 
 def test_segmentor_beside_attention(look, files):
     out = look(
         'seg', *AT, '--at', 63, 0, '--beside', files['nl'],
-        files['folder'] / 'nl.pth',
+        files['folder'] / 'nl.pth', '--layer', 'backbone.layer3.5.poly_nl',
     )  # fmt: skip
     assert 'seg.py: backbone.layer3.5.poly_nl' in out
     assert 'layer4.2.nonlocal_block' in out
@@ -107,6 +111,23 @@ def test_score_of_a_class(look):
     assert 'out/some_9_30.png: sum ' in look('seg', *AT, '--of', 'class')
 
 
+def test_what_is_asked_for_is_drawn_of_both(look, files):
+    """The same model twice gives the same panel twice."""
+    same = ('--beside', files['seg'], files['folder'] / 'seg.pth')
+    for args in (
+        ('--of', 'class', '--layer', 'backbone.layer3.0.poly_nl'),
+        ('--call', 1, *WINDOWS),
+    ):
+        look('seg', *AT, *same, *args)
+        drawn = cv2.imread('out/some_9_30.png')
+        assert (drawn[:, 68:132] == drawn[:, 136:]).all(), args
+        assert np.ptp(drawn[:, 68:].astype(int), axis=2).max() > 50
+    # What the other config has no place for is not for it.
+    options_for = runpy.run_path(str(TOOL))['options_for']
+    options = {'model.test_cfg.stride': 1, 'model.plugins.0.cfg': 2}
+    assert options_for(files['nl'], options) == {'model.test_cfg.stride': 1}
+
+
 def test_bad_input(look, files):
     assert 'error: ' in look('seg')
     assert (
@@ -122,8 +143,21 @@ def test_bad_input(look, files):
     assert 'does not fit the model' in look('seg', *AT, checkpoint='det')
     assert 'No such file' in look('seg', *AT, image='none.png')
     # Windows: a map of each, of which none is that of the picture.
-    line = look(
-        'seg', *AT, '--cfg-options', 'model.test_cfg.mode=slide',
-        'model.test_cfg.crop_size=32,32', 'model.test_cfg.stride=32,32',
-    )  # fmt: skip
+    line = look('seg', *AT, *WINDOWS)
     assert 'was called 4 times (levels of a pyramid, windows)' in line
+    assert 'is a NonLocal2d, of which only attention can be seen' in look(
+        'seg', *AT, '--of', 'class', '--beside', files['nl'],
+        files['folder'] / 'nl.pth',
+    )  # fmt: skip
+    assert '--device quatsch is none' in look(
+        'seg', *AT, '--device', 'quatsch'
+    )
+    assert 'but this machine has no such device' in look(
+        'seg', *AT, '--device', 'cuda:99'
+    )
+
+
+def test_a_picture_that_can_not_be_written(look, monkeypatch):
+    """As where no room is left; OpenCV does not raise."""
+    monkeypatch.setattr(cv2, 'imwrite', lambda *args: False)
+    assert 'out/some_9_30.png can not be written' in look('seg', *AT)
