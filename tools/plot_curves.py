@@ -4,6 +4,10 @@ Of each work directory those of the newest run, and of the runs that it was
 resumed from. In one panel each: the loss, the metrics of the validation, and
 of the layers alpha, beta, the branch's share of the output, and the spread of
 the gate (polynl_mm.PolyNLHook).
+
+A validation is drawn at its iteration. Of a training by epochs the log must
+have lines of two epochs in a row for that; else it is drawn at the iteration
+that was logged last before it.
 """
 
 import json
@@ -24,6 +28,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 
 from polynl_mm.engine import checks, cli
 from polynl_mm.engine.cli import StartError
@@ -82,16 +87,76 @@ def runs(work_dir):
 
 def lines(file):
     """Give the lines of a file of scalars, each a dict."""
-    for number, text in enumerate(file.read_text().splitlines(), 1):
+    found = []
+    for number, text in enumerate(file.read_text().splitlines(True), 1):
         try:
             line = json.loads(text)
             line['step'] + 0
         except (ValueError, TypeError, KeyError) as error:
+            if isinstance(error, ValueError) and not text.endswith('\n'):
+                # A training that was killed, or had no room left.
+                cli.say(f'{file}, line {number} is cut off: passed over')
+                break
             raise StartError(
                 f'{file}, line {number}: expected a JSON object with a step, '
-                f'got {text[:60]!r}'
+                f'got {text.rstrip()[:60]!r}'
             ) from error
-        yield line
+        found.append(line)
+    return found
+
+
+def is_validation(line):
+    """Whether a line is one of metrics."""
+    layers = any(key.startswith('poly_nl/') for key in line)
+    return not layers and not {'iter', 'lr'} & {*line}
+
+
+def epoch_length(logs):
+    """Tell how many iterations an epoch has; None if that is not known.
+
+    Within each epoch the first line is of the same iteration, but for one
+    that a run was resumed in.
+
+    Args:
+        logs: The lines of the runs.
+    """
+    for log in logs:
+        first = {}
+        for line in log:
+            if 'epoch' in line and not is_validation(line):
+                first.setdefault(line['epoch'], line['step'])
+        for epoch in sorted(first, reverse=True):
+            if epoch - 1 in first:
+                return first[epoch] - first[epoch - 1]
+    return None
+
+
+def places(log, by_epoch, length):
+    """Give the iteration of each line of a run, None where it is not known.
+
+    The step of a validation is an iteration or, where the training counts
+    epochs, the epoch that has ended.
+
+    Args:
+        log: The lines.
+        by_epoch: Whether the training counts epochs.
+        length: See :func:`epoch_length`.
+    """
+    # That of the line of training before, at the beginning of the one after.
+    epoch = next(
+        (line['epoch'] for line in log if 'epoch' in line),
+        math.inf if by_epoch else None,
+    )
+    for line in log:
+        step = line['step']
+        if not is_validation(line):
+            epoch = line.get('epoch', epoch)
+            yield step
+        elif epoch is not None and step <= epoch:
+            yield length and length * step
+        else:
+            # Without epochs a host may write 0.
+            yield step or None
 
 
 def curves(work_dir):
@@ -102,51 +167,30 @@ def curves(work_dir):
         metrics.
     """
     found, metrics = {}, set()
-    for file in runs(work_dir):
-        now, early = None, []
-        for line in lines(file):
-            layers = any(key.startswith('poly_nl/') for key in line)
-            is_metric = not layers and not {'iter', 'lr'} & {*line}
-            if is_metric:
-                metrics |= {key for key in line if is_curve(key, line)}
-            if now is None and is_metric:
-                early.append(line)
-                continue
-            if now is None:
-                now = begin(found, early, line['step'])
-            # A validation's step may be its epoch: it is at the iteration
-            # that was logged last.
-            now = max(now, line['step'])
+    logs = [lines(file) for file in runs(work_dir)]
+    by_epoch = any('epoch' in line for log in logs for line in log)
+    length = epoch_length(logs)
+    for log in logs:
+        steps = [*places(log, by_epoch, length)]
+        # What a killed run had done beyond the checkpoint that this one went
+        # on from was done again; not what a validation comes after.
+        begin = min(
+            (s + is_validation(line) for s, line in zip(steps, log) if s),
+            default=math.inf,
+        )
+        for points in found.values():
+            for later in [each for each in points if each >= begin]:
+                del points[later]
+        now = max(
+            (each for points in found.values() for each in points), default=0
+        )
+        for line, step in zip(log, steps):
+            # Where it is not known, at the iteration that was logged last.
+            now = max(now, step or 0)
             add(found, line, now)
-        if now is None:
-            begin(found, early, math.inf)
+            if is_validation(line):
+                metrics |= {key for key in line if is_curve(key, line)}
     return found, metrics
-
-
-def begin(found, early, step):
-    """Begin with a run whose first iteration that is logged is this one.
-
-    What a killed run had done beyond the checkpoint that it went on from was
-    done again.
-
-    Args:
-        found: The curves of the runs before.
-        early: Lines of a validation that the run began with.
-        step: The iteration.
-
-    Returns:
-        The last iteration before.
-    """
-    for points in found.values():
-        for later in [each for each in points if each >= step]:
-            del points[later]
-    last = max(
-        (each for points in found.values() for each in points), default=0
-    )
-    for line in early:
-        last = max(last, line['step'])
-        add(found, line, last)
-    return last
 
 
 def add(found, line, step):
@@ -218,6 +262,12 @@ def short(key):
 def main():
     """Read, draw."""
     args = parse_args()
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if Path(args.out).suffix[1:].lower() not in kinds:
+        raise StartError(
+            f'--out {args.out}: expected a name that ends in one of '
+            f'.{", .".join(kinds)}'
+        )
     trainings = [curves(work_dir) for work_dir in args.work_dirs]
     panels = chosen(trainings, args.keys)
     if not panels:
@@ -253,10 +303,7 @@ def main():
         axis.legend(fontsize='xx-small')
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel('iteration')
-    try:
-        figure.savefig(args.out)
-    except ValueError as error:
-        raise StartError(f'--out {args.out}: {error}') from error
+    figure.savefig(args.out)
     print(f'{sum(map(len, panels.values()))} keys in {args.out}')
 
 

@@ -23,8 +23,11 @@ def log(work_dir, name, lines, resume=False):
     (folder / 'config.py').write_text(f'a = 1\nresume = {resume}\n')
 
 
-def trained(step, loss, **layers):
-    line = dict(lr=0.1, loss=loss, loss_a=loss, time=1.0, epoch=1, iter=step)
+def trained(step, loss, length=10, **layers):
+    """The lines of an iteration, in epochs of a length; None: without."""
+    line = dict(lr=0.1, loss=loss, loss_a=loss, time=1.0, iter=step)
+    if length:
+        line['epoch'] = -(-step // length)
     lines = [dict(line, step=step)]
     if layers:
         values = {f'poly_nl/a.{k}': v for k, v in layers.items()}
@@ -38,7 +41,7 @@ def plot(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', sys.path[:])
 
-    def plot(*args):
+    def plot(*args, told=''):
         monkeypatch.setattr(sys, 'argv', [TOOL.name, *map(str, args)])
         module = runpy.run_path(str(TOOL))
         capfd.readouterr()
@@ -48,7 +51,9 @@ def plot(tmp_path, monkeypatch, capfd):
             assert error.code == 2
             (line,) = capfd.readouterr().err.splitlines()
             return line
-        return capfd.readouterr().out
+        out, err = capfd.readouterr()
+        assert err.removeprefix(f'{TOOL.name}: ').rstrip() == told
+        return out
 
     return plot
 
@@ -95,6 +100,47 @@ def test_a_resumed_training_is_one(tmp_path, tool):
     assert panels == {'loss': ['loss', 'loss_a'], 'lr': ['lr']}
 
 
+def test_validations_are_drawn_where_they_were(tmp_path, tool):
+    """Though no iteration is logged there."""
+    lines = []
+    for epoch, shown in enumerate((50, 125, 200), 1):
+        lines += trained(shown, 1.0, 75) + [dict(mAP=0.1, step=epoch)]
+    log(tmp_path / 'a', '20260101_000000', lines)
+    # Killed in the fourth; one that validates before it logs anything.
+    log(tmp_path / 'a', '20260102_000000', [dict(mAP=0.2, step=4)], True)
+    found, _ = tool['curves'](tmp_path / 'a')
+    assert found['mAP'] == {75: 0.1, 150: 0.1, 225: 0.1, 300: 0.2}
+    assert [*found['loss']] == [50, 125, 200]
+
+    # By iterations: from 100 on again, what was there up to 190.
+    lines = [trained(step, 1.0, None) for step in range(10, 200, 10)]
+    log(tmp_path / 'b', '20260101_000000', sum(lines, []))
+    log(
+        tmp_path / 'b',
+        '20260102_000000',
+        [dict(mIoU=7.0, step=120), *trained(150, 2.0, None)],
+        resume=True,
+    )
+    found, _ = tool['curves'](tmp_path / 'b')
+    assert found['mIoU'] == {120: 7.0}
+    assert [*found['loss']] == [*range(10, 130, 10), 150]
+
+    # One epoch alone does not tell how long it is.
+    log(tmp_path / 'c', '20260101_000000', trained(50, 1.0, 75))
+    log(tmp_path / 'c', '20260102_000000', [dict(mAP=0.1, step=1)], True)
+    found, _ = tool['curves'](tmp_path / 'c')
+    assert found['mAP'] == {50: 0.1} and found['loss'] == {50: 1.0}
+
+
+def test_a_line_that_is_cut_off_is_passed_over(tmp_path, plot):
+    file = tmp_path / 'a/20260101_000000/vis_data/scalars.json'
+    log(tmp_path / 'a', '20260101_000000', trained(10, 1.0))
+    file.write_text(file.read_text() + '{"loss": 1.')
+    told = f'{file.relative_to(tmp_path)}, line 2 is cut off: passed over'
+    out = plot('a', '--out', 'c.png', told=told)
+    assert out == '1 keys in c.png\n'
+
+
 def test_two_trainings_in_a_picture(tmp_path, plot):
     for name in 'ab':
         values = dict(alpha=1.0, beta=0.1, share=0.2, gate_spread=1.1)
@@ -117,11 +163,14 @@ def test_bad_input(tmp_path, plot):
     )
     file = tmp_path / 'a/20260101_000000/vis_data/scalars.json'
     whole = file.read_text()
-    for damaged in ('{"loss": 1.', '[1]', '{"loss": 1.0}'):
+    for damaged in ('{"loss": 1.\n', '[1]', '{"loss": 1.0}'):
         file.write_text(whole + damaged)
         line = plot('a', *args)
         assert 'a/20260101_000000/vis_data/scalars.json, line 2: ' in line
-        assert repr(damaged) in line
+        assert repr(damaged.strip()) in line
     file.write_text(whole)
-    assert '--out curves.none: ' in plot('a', '--out', 'curves.none')
-    assert not Path('curves.png').exists()
+    for out in ('curves.none', 'curves'):
+        assert f'--out {out}: expected a name that ends in one of ' in (
+            plot('a', '--out', out)
+        )
+    assert not [*Path('.').glob('curves*')]
