@@ -21,7 +21,11 @@ from mmengine.runner import EpochBasedTrainLoop, Runner  # noqa: E402
 from torch import nn  # noqa: E402
 
 from polynl_mm.engine.checkpoints import newest, read_state  # noqa: E402
-from polynl_mm.engine.resuming import ResumeHook, _derive  # noqa: E402
+from polynl_mm.engine.resuming import (  # noqa: E402
+    ResumeHook,
+    _Apart,
+    _derive,
+)
 
 EPOCHS = dict(type='EpochBasedTrainLoop', max_epochs=4, val_interval=2)
 ITERATIONS = dict(type='IterBasedTrainLoop', max_iters=8, val_interval=4)
@@ -219,3 +223,10 @@ def test_seeds_of_runs_and_steps_differ():
     assert len(seeds) == 900
     # With numbers of workers added, they are seeds of numpy.
     assert 0 <= min(seeds) and max(seeds) < 2**31
+
+
+def test_what_is_skipped_draws():
+    """As a loop of mmengine's fork asks it to."""
+    some, other = (_Apart(iter(random.random, 2), seed=3) for _ in range(2))
+    some.skip_iter(2)
+    assert [next(other) for _ in range(3)][2] == next(some)
