@@ -3,6 +3,8 @@ they were trained, measures."""
 
 import math
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,6 +15,10 @@ from polynl_mm.layers import PolyNL
 from polynl_mm.ops import Conv, Params, poly_nl, poly_nl_behind, project
 
 OLD_TORCH = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 5)
+# The maintained forks of OpenMMLab's packages stand in their place.
+FORKS = bool(find_spec('mmengine')) and any(
+    Path(find_spec('mmengine').origin).parents[1].glob('onedl_mmengine-*')
+)
 HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # What the branch is of the layer's input in a model that calibrate has seen.
 SHARE = 0.4

@@ -174,7 +174,7 @@ def test_layer_resolves_from_the_wheel(installed, tmp_path):
         cwd=tmp_path,
         PYTHONPATH=str(installed),
     )
-    package, config = map(Path, found.splitlines())
+    package, config = map(Path, found.splitlines()[-2:])
     assert package == installed / 'polynl_mm' / '__init__.py'
     assert config == (
         package.parent / 'configs/mini/retinaface_r50-polynl_mini-wider.py'

@@ -7,12 +7,17 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from helpers import FORKS
 from test_registry import HIDE
 
 from polynl_mm import stack
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMPY = 'numpy.core.multiarray failed to import'
+
+of_openmmlab = pytest.mark.skipif(
+    FORKS, reason='the forks need neither pkg_resources nor an older mmcv'
+)
 
 
 @pytest.fixture
@@ -141,6 +146,7 @@ def test_where_a_tool_imports(tmp_path):
     assert line.startswith('test.py: error: cv2 was built for another numpy')
 
 
+@of_openmmlab
 def test_where_mmengine_imports(tmp_path):
     pytest.importorskip('mmdet')
     # Python runs this file first of all.
@@ -156,6 +162,7 @@ def test_where_mmengine_imports(tmp_path):
     assert line.endswith("pip install 'setuptools<81'")
 
 
+@of_openmmlab
 def test_where_a_type_is_looked_up(tmp_path):
     """By tools of others, in which an error keeps its traceback."""
     pytest.importorskip('mmseg')
