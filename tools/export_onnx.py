@@ -68,6 +68,7 @@ def main():
     checks.require(cfg, 'model')
     checks.check_checkpoint(cfg, args.checkpoint)
     checks.check_output('OUT', args.out)
+    fused = False
     with Progress() as progress:
         # Shares of the time, by which the rest of it is estimated.
         bar = progress.add_task('Building', total=100)
@@ -80,6 +81,7 @@ def main():
             ]
         if args.fuse:
             model, report = fuse_poly_nl(model)
+            fused = bool(report.fused)
             progress.print(str(report))
         module = export.to_export(cfg, model)
         progress.update(bar, advance=10, description='Exporting')
@@ -87,7 +89,7 @@ def main():
             module, export.divisor_of(cfg), args.exporter, args.opset
         )
         progress.update(bar, advance=80, description='Writing')
-        facts = export.describe(cfg, module, meta, args.fuse)
+        facts = export.describe(cfg, module, meta, fused)
         export.save(program, args.out, facts)
         progress.update(bar, advance=5, description='Verifying')
         found = export.verify(module, program, pictures)

@@ -425,6 +425,20 @@ def test_the_tool_and_the_example(here, monkeypatch, capfd):
     assert len(capfd.readouterr().out.splitlines()) == (dets[:, 4] > 0.5).sum()
 
 
+def test_what_is_not_done_is_not_told(here, monkeypatch):
+    """Nothing to fuse, and no padding."""
+    cfg = config(here, CLASSES, 'classes.py')
+    model = trained(cfg).classifier
+    torch.save(dict(state_dict=model.state_dict()), 'classes.pth')
+    args = ['classes.py', 'classes.pth', 'classes.onnx', '--fuse']
+    assert call(monkeypatch, *args, '--exporter', 'older') == 0
+    facts = {
+        each.key: each.value
+        for each in onnx.load('classes.onnx').metadata_props
+    }
+    assert facts['fused'] == 'false'
+
+
 # ------------------------------------------------------ what is not exported
 
 
