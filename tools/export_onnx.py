@@ -86,7 +86,7 @@ def main():
         module = export.to_export(cfg, model)
         progress.update(bar, advance=10, description='Exporting')
         program = export.export(
-            module, export.divisor_of(cfg), args.exporter, args.opset
+            module, export.trial_divisor(cfg), args.exporter, args.opset
         )
         progress.update(bar, advance=80, description='Writing')
         facts = export.describe(cfg, module, meta, fused)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -153,7 +154,7 @@ def export(
 
     Args:
         module (nn.Module): What :func:`to_export` gives.
-        divisor (int): Of heights and widths that the model takes.
+        divisor (int): Of the heights and widths that are tried.
         exporter (str): Of :data:`EXPORTERS`.
         opset (int, optional): Version of ONNX's operators; by default
             torch's.
@@ -337,7 +338,7 @@ def describe(cfg: Config, module: nn.Module, meta: dict, fused: bool) -> dict:
     Returns:
         dict[str, str]: ``outputs``, what they are; ``mean`` and ``std`` by
         which the input is normalised, after the channels were turned around
-        if ``bgr_to_rgb``, ``pad_size_divisor`` of height and width, the
+        if ``bgr_to_rgb``, ``pad_size_divisor`` of :func:`divisor_of`, the
         ``classes``, ``config``, ``fused``; but for words as JSON.
     """
     owner = preprocessing(cfg)
@@ -361,9 +362,16 @@ def preprocessing(cfg: Config) -> dict:
 
 
 def divisor_of(cfg: Config) -> int:
-    """Give what heights and widths are multiples of."""
+    """Give to multiples of what the data preprocessor pads in tests, or 1."""
     owner = preprocessing(cfg)
-    return owner.get('pad_size_divisor') or owner.get('size_divisor') or 32
+    # mmseg's own size_divisor is for training alone.
+    in_tests = owner.get('test_cfg') or {}
+    return owner.get('pad_size_divisor') or in_tests.get('size_divisor') or 1
+
+
+def trial_divisor(cfg: Config) -> int:
+    """Give a divisor of sizes that most networks take."""
+    return math.lcm(divisor_of(cfg), 32)
 
 
 def save(model: onnx.ModelProto, path: str, facts: dict) -> None:

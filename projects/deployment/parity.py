@@ -83,7 +83,7 @@ def compare(cfg, fuse: bool, exporter: str) -> tuple[str, str]:
     if fuse and not fuse_poly_nl(model)[1].fused:
         return 'nothing to fuse', ''
     module = export.to_export(cfg, model)
-    divisor = export.divisor_of(cfg)
+    divisor = export.trial_divisor(cfg)
     try:
         program = export.export(module, divisor, exporter)
     except StartError as error:

@@ -437,6 +437,12 @@ def test_what_is_not_done_is_not_told(here, monkeypatch):
         for each in onnx.load('classes.onnx').metadata_props
     }
     assert facts['fused'] == 'false'
+    assert facts['pad_size_divisor'] == '1'
+    assert export.trial_divisor(cfg) == 32
+    cfg.model.data_preprocessor.update(
+        size_divisor=7, test_cfg=dict(size_divisor=24)
+    )
+    assert export.divisor_of(cfg) == 24 and export.trial_divisor(cfg) == 96
 
 
 # ------------------------------------------------------ what is not exported
