@@ -80,6 +80,8 @@ class Candidates(nn.Module):
         - input: (B, 3, H, W)
         - boxes: (B, N, 4), x1 y1 x2 y2
         - scores: of each level, (B, num_classes, n)
+        - factors: with a centerness or the like, (B, 1, N), by which mmdet
+          multiplies scores that have passed its filters
         - keypoints: with landmarks, (B, N, 5, 2), x y
 
     Raises:
@@ -122,7 +124,8 @@ class Candidates(nn.Module):
         """Name them, before NMS."""
         levels = self.nms['levels']
         names = ['boxes', *(f'scores{level}' for level in range(levels))]
-        return [*names, 'points'][:count]
+        names.append('points' if self.has_landmarks else 'factors')
+        return names[:count]
 
     @property
     def what(self) -> str:
@@ -154,6 +157,9 @@ class Candidates(nn.Module):
         scores = [
             level.transpose(1, 2) for level in self._scores(cls_scores, rest)
         ]
+        if rest and not self.is_face and not isinstance(head, RTMDetInsHead):
+            factors = _rows(rest[0], 1).sigmoid()
+            return boxes, *scores, factors.transpose(1, 2)
         if not self.has_landmarks:
             return boxes, *scores
         offsets = _rows(rest[0], 10).reshape(-1, 10)
@@ -169,13 +175,8 @@ class Candidates(nn.Module):
             others = others or [None] * len(rows)
             return [head.scores_of(*level) for level in zip(rows, others)]
         if head.use_sigmoid_cls:
-            scores = [level.sigmoid() for level in rows]
-        else:
-            scores = [level.softmax(2)[..., :-1] for level in rows]
-        if isinstance(head, RTMDetInsHead) or not rest:
-            return scores
-        factors = [_rows([level], 1).sigmoid() for level in rest[0]]
-        return [a * b for a, b in zip(scores, factors)]
+            return [level.sigmoid() for level in rows]
+        return [level.softmax(2)[..., :-1] for level in rows]
 
     @torch.no_grad()
     def detect(self, x: Tensor) -> list[np.ndarray]:

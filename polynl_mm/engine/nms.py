@@ -1,8 +1,9 @@
 """NMS in operators of ONNX, which every runtime knows, from opset 11 on.
 
 It follows mmdet: of each level the ``nms_pre`` best scores, of those the ones
-above ``score_thr`` whose boxes are large enough, NMS within each class, and
-of each picture the ``max_per_img`` best.
+above ``score_thr`` whose boxes are large enough, times the factor of their
+place if the head has such, NMS within each class, and of each picture the
+``max_per_img`` best.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _BEST = """
 
 _NMS = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
-nms (float[B, N, 4] boxes, {scores}{points})
+nms (float[B, N, 4] boxes, {scores}{factors}{points})
 => (float[B, D, 5] dets, int64[B, D] labels{keypoints})
 {{
   zero = Constant<value = int64[1] {{0}}>()
@@ -54,6 +55,7 @@ nms (float[B, N, 4] boxes, {scores}{points})
   max_per_img = Constant<value = int64[1] {{{max_per_img}}}>()
   iou_threshold = Constant<value = float[1] {{{iou_threshold}}}>()
   score_thr = Constant<value = float[1] {{{score_thr}}}>()
+  no_score = Constant<value = float[1] {{0}}>()
   min_size = Constant<value = float {{{min_size}}}>()
   min_height = Constant<value = float {{{min_height}}}>()
 {best}
@@ -71,10 +73,13 @@ nms (float[B, N, 4] boxes, {scores}{points})
   has_area = And(is_wide, is_high)
   is_large = And(has_area, is_not_low)
   is_large_row = Transpose<perm=[0, 2, 1]>(is_large)
-  scores = Where(is_large_row, before, nothing)
+  large = Where(is_large_row, before, nothing)
+  is_above = Greater(large, score_thr)
+  above = Where(is_above, large, nothing)
+  scores = {times_factors}
 
   selected = NonMaxSuppression(
-    boxes, scores, max_per_img, iou_threshold, score_thr)
+    boxes, scores, max_per_img, iou_threshold, no_score)
   picture = Gather<axis=1>(selected, zero)
   label = Gather<axis=1>(selected, one)
   place = Gather<axis=1>(selected, two)
@@ -146,7 +151,8 @@ def append_nms(
 
     Args:
         model (ModelProto): Its outputs are ``boxes`` (B, N, 4), ``scores0``
-            and so on, of each level (B, K, n), and ``points`` (B, N, 5, 2).
+            and so on, of each level (B, K, n), and ``points`` (B, N, 5, 2);
+            ``factors`` (B, 1, N), if it has them.
         levels (int): How many.
         keypoints (bool): Whether there are ``points``.
         iou_threshold (float): Boxes that overlap a better one by more go.
@@ -163,11 +169,14 @@ def append_nms(
     """
     numbers = range(levels)
     limited = nms_pre > 0
+    factors = 'factors' in [each.name for each in model.graph.output]
     opset = next(each for each in model.opset_import if not each.domain)
     text = _NMS.format(
         ir_version=model.ir_version,
         opset=opset.version,
         scores=', '.join(f'float[B, K, N{i}] scores{i}' for i in numbers),
+        factors=', float[B, 1, N] factors' if factors else '',
+        times_factors='Mul(above, factors)' if factors else 'Identity(above)',
         points=', float[B, N, P, 2] points' if keypoints else '',
         keypoints=', float[B, D, P, 2] keypoints' if keypoints else '',
         best=''.join(_BEST.format(i=i) for i in numbers) if limited else '',

@@ -95,6 +95,25 @@ model = dict(
         nms=dict(type='nms', iou_threshold=.6), max_per_img=30))
 """
 )
+ATSS = (
+    BACKBONE
+    + """
+model = dict(
+    type='ATSS', data_preprocessor=pre, backbone=backbone, neck=fpn,
+    bbox_head=dict(
+        type='ATSSHead', num_classes=3, in_channels=12, feat_channels=8,
+        stacked_convs=1, norm_cfg=dict(type='GN', num_groups=2),
+        anchor_generator=dict(
+            type='AnchorGenerator', octave_base_scale=3, scales_per_octave=1,
+            ratios=[1.], strides=[4, 8]),
+        bbox_coder=coder, loss_centerness=cls,
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True),
+        loss_bbox=dict(type='GIoULoss')),
+    test_cfg=dict(
+        nms_pre=200, score_thr=.5, min_bbox_size=0,
+        nms=dict(type='nms', iou_threshold=.6), max_per_img=60))
+"""
+)
 TWO_STAGES = (
     BACKBONE
     + """
@@ -149,7 +168,9 @@ def trained(cfg, fuse=False):
         if not isinstance(module, nn.Conv2d):
             continue
         # Hosts let all scores begin at one value, and boxes at no size.
-        if name.endswith(('conv_cls', 'conv_cls.0', 'rtm_cls.0', 'rtm_cls.1')):
+        if name.endswith(
+            ('conv_cls', 'conv_cls.0', 'rtm_cls.0', 'rtm_cls.1', 'atss_cls')
+        ):
             nn.init.normal_(module.weight, std=0.02)
         if 'rtm_reg' in name:
             nn.init.constant_(module.bias, 2.0)
@@ -201,12 +222,14 @@ def test_faces(tmp_path, fuse, exporter):
         assert (np.diff(each[:n, 4]) <= 0).all()
 
 
-@pytest.mark.parametrize('text', [RTMDET, TWO_STAGES], ids=['rtmdet', 'frcnn'])
+@pytest.mark.parametrize(
+    'text', [RTMDET, ATSS, TWO_STAGES], ids=['rtmdet', 'atss', 'frcnn']
+)
 def test_other_detectors(tmp_path, text):
     module = trained(config(tmp_path, text))
     program = export.export(module, 16, 'older')
     names = [each.name for each in program.graph.output]
-    whole = text is RTMDET
+    whole = text is not TWO_STAGES
     assert names == (['dets', 'labels'] if whole else ['feat0', 'feat1'])
     assert 'without rpn_head (RPNHead), roi_head' in module.what or whole
     assert_equal(module, program, *pictures((1, 80, 112), (3, 96, 64)))
@@ -229,9 +252,10 @@ def test_classifier(tmp_path):
 # ----------------------------------------------------------------------- NMS
 
 
-def through_nms(levels, boxes, scores, points, **options):
+def through_nms(levels, boxes, scores, points, factors=None, **options):
     """Run the appended operators alone."""
     inputs = ['boxes', *(f'scores{i}' for i in range(levels)), 'points']
+    inputs += ['factors'] * (factors is not None)
     given = ', '.join(f'float[A{name}] {name}_' for name in inputs)
     text = ', '.join(f'float[A{name}] {name}' for name in inputs)
     body = '\n'.join(f'{name} = Identity({name}_)' for name in inputs)
@@ -248,12 +272,12 @@ def through_nms(levels, boxes, scores, points, **options):
             dims.add().dim_param = f'{name}{i}'
     program = append_nms(program, levels, True, **options)
     onnx.checker.check_model(program, full_check=True)
-    given = zip(program.graph.input, [boxes, *scores, points])
+    given = zip(program.graph.input, [boxes, *scores, points, factors])
     feeds = {each.name: x.numpy() for each, x in given}
     return export.session(program).run(None, feeds)
 
 
-def of_mmdet(head, boxes, scores, points, cfg):
+def of_mmdet(head, boxes, scores, points, factors, cfg):
     """What its own code keeps of one picture, and faces of low boxes."""
     found, at = [], 0
     for level in scores:
@@ -268,6 +292,8 @@ def of_mmdet(head, boxes, scores, points, cfg):
                 keypoints=points[at:][kept],
             )
         )
+        if factors is not None:
+            found[-1].score_factors = factors[0, at:][kept]
         at += level.shape[1]
     found = InstanceData.cat(found)
     _, top, _, bottom = found.bboxes.unbind(1)
@@ -284,6 +310,7 @@ def of_mmdet(head, boxes, scores, points, cfg):
         dict(score_thr=0.6, min_size=9),
         dict(min_height=9),
         dict(score_thr=2.0),
+        dict(factors=True, nms_pre=60, score_thr=0.5, max_per_img=30),
     ],
     ids=str,
 )
@@ -300,6 +327,11 @@ def test_nms_is_that_of_mmdet(options):
         level[1] *= 0.7
     points = torch.rand(batch, sum(sizes), 5, 2, generator=generator)
     options = dict(dict(score_thr=0.3, iou_threshold=0.4), **options)
+    if options.get('factors'):
+        options['factors'] = torch.rand(
+            batch, 1, sum(sizes), generator=generator
+        )
+    factors = options.get('factors', [None] * batch)
     dets, labels, keypoints = through_nms(2, boxes, scores, points, **options)
     cfg = ConfigDict(
         nms_pre=options.get('nms_pre', 10**6),
@@ -310,7 +342,14 @@ def test_nms_is_that_of_mmdet(options):
         max_per_img=options.get('max_per_img', 10**6),
     )
     wants = [
-        of_mmdet(None, boxes[i], [s[i] for s in scores], points[i], cfg)
+        of_mmdet(
+            None,
+            boxes[i],
+            [s[i] for s in scores],
+            points[i],
+            factors[i],
+            cfg,
+        )
         for i in range(batch)
     ]
     assert dets.shape[1] == max(map(len, wants))
