@@ -235,6 +235,13 @@ def test_other_detectors(tmp_path, text):
     assert_equal(module, program, *pictures((1, 80, 112), (3, 96, 64)))
 
 
+def test_detections_are_compared_before_there_is_a_file(tmp_path):
+    module = trained(config(tmp_path, FACES))
+    module.nms['iou_threshold'] = 0.8
+    with pytest.raises(StartError, match='Head can not be exported: what onn'):
+        export.export(module, 16, 'older')
+
+
 def test_maps_of_classes(tmp_path):
     module = trained(config(tmp_path, SEGMENTS))
     program = export.export(module, 16, 'older')
