@@ -494,10 +494,49 @@ def test_pictures_are_prepared_as_by_the_host(deployment):
     batch = dict(inputs=[torch.from_numpy(picture).permute(2, 0, 1)])
     want = host(batch)['inputs']
     got = deployment.detect['prepare'](
-        picture, dict(facts, pad_size_divisor=16)
+        picture, dict(facts, pad_size_divisor=16, resize={})
     )
     assert got.dtype == np.float32 and got.shape == (1, 3, 32, 48)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'resize',
+    [
+        dict(scale=(160, 215), keep_ratio=True),
+        dict(scale=(64, 64), keep_ratio=True),
+        dict(scale=(50, 40)),
+        dict(scale_factor=1.5),
+        dict(scale_factor=3.0, max_side=100),
+        dict(scale_factor=1.0, max_side=4096),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('size', [(20, 33), (71, 52)])
+def test_pictures_are_resized_as_by_the_pipeline(deployment, resize, size):
+    from polynl_mm.faces.transforms import Resize
+
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    # As from JSON.
+    read = json.loads(json.dumps(resize))
+    facts = dict(mean=[0] * 3, std=[1] * 3, bgr_to_rgb=False, resize=read)
+    want = Resize(**resize)(dict(img=pixels, img_shape=size))
+    got = deployment.detect['prepare'](pixels, dict(facts, pad_size_divisor=1))
+    np.testing.assert_array_equal(got[0].transpose(1, 2, 0), want['img'])
+
+    def run(names, feeds):
+        """What stands at the corners of the resized picture."""
+        height, width = feeds['input'].shape[2:]
+        box = np.float32([[[0, 0, width, height, 1]]])
+        points = np.float32([[[[width, height]] * 5]])
+        return box, np.zeros((1, 1), int), points
+
+    dets, _, points = deployment.detect['detect'](
+        SimpleNamespace(run=run), dict(facts, pad_size_divisor=1), pixels
+    )
+    corner = size[::-1]
+    np.testing.assert_allclose(dets, [[0, 0, *corner, 1]], rtol=1e-6)
+    np.testing.assert_allclose(points, [[corner] * 5], rtol=1e-6)
 
 
 def test_what_is_quantised_is_what_is_named(deployment):

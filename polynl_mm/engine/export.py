@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from polynl_mm.limits import MAX_PIXELS, decode_picture
 
-from .checks import our_errors
+from .checks import leaf_datasets, our_errors
 from .cli import StartError
 from .culprit import Alone, culprit
 from .hosts import host_of
@@ -44,6 +44,8 @@ from .nms import append_nms
 TOLERANCE = 1e-4
 # torch's exporters: by torch.export, and by tracing, as mmdeploy does.
 EXPORTERS = ('dynamo', 'older')
+# Arguments of Resize that decide about the size.
+_RESIZE = ('scale', 'scale_factor', 'keep_ratio', 'max_side')
 _AXES = {0: 'batch', 2: 'height', 3: 'width'}
 
 
@@ -361,7 +363,10 @@ def describe(cfg: Config, module: nn.Module, meta: dict, fused: bool) -> dict:
         dict[str, str]: ``outputs``, what they are; ``mean`` and ``std`` by
         which the input is normalised, after the channels were turned around
         if ``bgr_to_rgb``, ``pad_size_divisor`` of :func:`divisor_of`, the
-        ``classes``, ``config``, ``fused``; but for words as JSON.
+        ``classes``, ``config``, ``fused``; ``min_height_of_input``, in pixels
+        below which the file drops boxes, and ``resize``, the arguments of
+        Resize in the test pipeline, where there are such; but for words as
+        JSON.
     """
     owner = preprocessing(cfg)
     classes = (meta.get('dataset_meta') or {}).get('classes') or ()
@@ -373,6 +378,16 @@ def describe(cfg: Config, module: nn.Module, meta: dict, fused: bool) -> dict:
         classes=list(classes),
         fused=fused,
     )
+    if module.nms and module.nms['min_height'] >= 0:
+        facts['min_height_of_input'] = module.nms['min_height']
+    steps = [
+        step
+        for dataset in leaf_datasets(cfg.get('test_dataloader') or {})
+        for step in dataset.get('pipeline') or ()
+        if str(step['type']).rpartition('.')[2] == 'Resize'
+    ]
+    if steps:
+        facts['resize'] = {k: v for k, v in steps[0].items() if k in _RESIZE}
     words = dict(outputs=module.what, config=os.path.basename(cfg.filename))
     return {**words, **{k: json.dumps(v) for k, v in facts.items()}}
 

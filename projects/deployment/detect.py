@@ -6,6 +6,8 @@
 of torch, of a host or of this package is imported: copy the file and use it.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 
@@ -24,15 +26,49 @@ def load(file: str) -> tuple[onnxruntime.InferenceSession, dict]:
     )
     facts = session.get_modelmeta().custom_metadata_map
     keys = ('mean', 'std', 'bgr_to_rgb', 'pad_size_divisor', 'classes')
-    return session, {key: json.loads(facts[key]) for key in keys}
+    found = {key: json.loads(facts[key]) for key in keys}
+    return session, found | {'resize': json.loads(facts.get('resize', '{}'))}
+
+
+def new_size(
+    width: int,
+    height: int,
+    scale=None,
+    scale_factor=1.0,
+    keep_ratio: bool = False,
+    max_side: int | None = None,
+) -> tuple[int, int]:
+    """Width and height after the Resize of a test pipeline, as there."""
+    if scale is None:
+        if isinstance(scale_factor, (int, float)):
+            scale_factor = (scale_factor, scale_factor)
+        scale = _scaled(width, height, *scale_factor)
+    elif isinstance(scale, int):
+        scale = (scale, scale)
+    if max_side is not None and max(scale) > max_side:
+        scale = [max(round(v * max_side / max(scale)), 1) for v in scale]
+    if not keep_ratio:
+        return tuple(scale)
+    ratio = min(
+        max(scale) / max(width, height), min(scale) / min(width, height)
+    )
+    return _scaled(width, height, ratio, ratio)
+
+
+def _scaled(width: int, height: int, x: float, y: float) -> tuple[int, int]:
+    return int(width * x + 0.5), int(height * y + 0.5)
 
 
 def prepare(picture: np.ndarray, facts: dict) -> np.ndarray:
-    """Normalise a picture (h, w, 3) of uint8, BGR, and pad it with zeros.
+    """Resize a picture (h, w, 3) of uint8, BGR, normalise and pad it.
 
     Returns:
         ndarray: (1, 3, H, W), float32.
     """
+    height, width = picture.shape[:2]
+    size = new_size(width, height, **facts['resize'])
+    if size != (width, height):
+        picture = cv2.resize(picture, size)
     if facts['bgr_to_rgb']:
         picture = picture[..., ::-1]
     x = (picture - np.float32(facts['mean'])) / np.float32(facts['std'])
@@ -53,10 +89,13 @@ def detect(session, facts: dict, picture: np.ndarray) -> tuple:
     outputs = ['dets', 'labels', 'keypoints']
     found = session.run(outputs, {'input': prepare(picture, facts)})
     dets, labels, keypoints = (each[0] for each in found)
-    # The network has clipped them to the padded picture.
     height, width = picture.shape[:2]
+    size = new_size(width, height, **facts['resize'])
+    scale = np.float32([width / size[0], height / size[1]])
+    dets[:, :4] *= np.tile(scale, 2)
+    # The network has clipped them to the padded picture.
     dets[:, :4] = dets[:, :4].clip(0, [width, height, width, height])
-    return dets, labels, keypoints
+    return dets, labels, keypoints * scale
 
 
 def draw(picture: np.ndarray, dets, keypoints) -> np.ndarray:

@@ -77,6 +77,12 @@ model = dict(
         nms=dict(type='nms', iou_threshold=.4), max_per_img=-1))
 """
 )
+RESIZE = """
+test_dataloader = dict(dataset=dict(type='RepeatDataset', dataset=dict(
+    type='WIDERFaceDataset', pipeline=[
+        dict(type='LoadImageFromFile'),
+        dict(type='mmdet.Resize', scale=(96, 72), keep_ratio=True)])))
+"""
 RTMDET = (
     BACKBONE
     + """
@@ -394,7 +400,7 @@ def test_detections_that_differ():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder with a config, a checkpoint and a picture."""
-    cfg = config(tmp_path, FACES, 'faces.py')
+    cfg = config(tmp_path, FACES + RESIZE, 'faces.py')
     model = trained(cfg).detector
     meta = dict(dataset_meta=dict(classes=('face',)))
     state = dict(state_dict=model.state_dict(), meta=meta)
@@ -434,6 +440,8 @@ def test_the_tool_and_the_example(here, monkeypatch, capfd):
     assert json.loads(facts['mean']) == [120, 110, 100]
     assert json.loads(facts['classes']) == ['face']
     assert facts['pad_size_divisor'] == '16' and facts['fused'] == 'true'
+    assert facts['min_height_of_input'] == '8'
+    assert json.loads(facts['resize']) == dict(scale=[96, 72], keep_ratio=True)
 
     # One that is wrong is told, and ends with 1.
     program = onnx.load('out/faces.onnx')
@@ -456,8 +464,10 @@ def test_the_tool_and_the_example(here, monkeypatch, capfd):
     with DefaultScope.overwrite_default_scope('mmdet'):
         model, _ = export.load_model(cfg, 'faces.pth')
     module = export.to_export(cfg, model)
-    (want,) = module.detect(export.read_picture('some.png', model))
+    (want,) = module.detect(export.read_picture('some.png', model, 0.75))
     assert len(want) > 10
+    want[:, [0, 1, 2, 3, *range(6, 16)]] /= 0.75
+    want[:, :4] = want[:, :4].clip(0, [128, 96, 128, 96])
     np.testing.assert_allclose(dets, want[:, :5], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
         points.reshape(-1, 10), want[:, 6:], rtol=1e-4, atol=1e-3
@@ -484,6 +494,7 @@ def test_what_is_not_done_is_not_told(here, monkeypatch):
     }
     assert facts['fused'] == 'false'
     assert facts['pad_size_divisor'] == '1'
+    assert not facts.keys() & {'resize', 'min_height_of_input'}
     assert export.trial_divisor(cfg) == 32
     cfg.model.data_preprocessor.update(
         size_divisor=7, test_cfg=dict(size_divisor=24)
