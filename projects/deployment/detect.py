@@ -10,21 +10,46 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 import cv2
 import numpy as np
 import onnxruntime
 
+OUTPUTS = ['dets', 'labels', 'keypoints']
+
 
 def load(file: str) -> tuple[onnxruntime.InferenceSession, dict]:
-    """Give the network, and what its file says of it."""
+    """Give the network, and what its file says of it.
+
+    Raises:
+        ValueError: The file is none of a detector with landmarks.
+    """
     options = onnxruntime.SessionOptions()
     # Errors alone.
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        file, options, providers=['CPUExecutionProvider']
-    )
+    try:
+        session = onnxruntime.InferenceSession(
+            file, options, providers=['CPUExecutionProvider']
+        )
+    except Exception as error:  # onnxruntime raises all kinds
+        line = ' '.join(str(error).split())
+        raise ValueError(
+            f'{file}: onnxruntime does not read it: {line}'
+        ) from error
+    outputs = [each.name for each in session.get_outputs()]
+    if outputs != OUTPUTS:
+        raise ValueError(
+            f'{file}: its outputs are {", ".join(outputs)}; expected are '
+            f'{", ".join(OUTPUTS)}, of a detector of faces with landmarks'
+        )
     facts = session.get_modelmeta().custom_metadata_map
+    missing = {'mean', 'pad_size_divisor'} - facts.keys()
+    if missing:
+        raise ValueError(
+            f'{file}: its metadata lacks {", ".join(sorted(missing))}; '
+            'expected is a file by tools/export_onnx.py'
+        )
     keys = ('mean', 'std', 'bgr_to_rgb', 'pad_size_divisor', 'classes')
     found = {key: json.loads(facts[key]) for key in keys}
     return session, found | {'resize': json.loads(facts.get('resize', '{}'))}
@@ -86,8 +111,7 @@ def detect(session, facts: dict, picture: np.ndarray) -> tuple:
         first; ``labels`` (n,); ``keypoints`` (n, 5, 2), x, y of eyes, nose
         and corners of the mouth.
     """
-    outputs = ['dets', 'labels', 'keypoints']
-    found = session.run(outputs, {'input': prepare(picture, facts)})
+    found = session.run(OUTPUTS, {'input': prepare(picture, facts)})
     dets, labels, keypoints = (each[0] for each in found)
     height, width = picture.shape[:2]
     size = new_size(width, height, **facts['resize'])
@@ -125,11 +149,24 @@ def main() -> None:
     picture = cv2.imread(args.picture)
     if picture is None:
         parser.error(f'{args.picture} is no picture that OpenCV reads')
-    dets, _, keypoints = detect(*load(args.model), picture)
+    if not cv2.haveImageWriter(args.out):
+        parser.error(
+            f'{args.out}: OpenCV writes no such file; expected is an ending '
+            'such as .png'
+        )
+    folder = os.path.dirname(os.path.abspath(args.out))
+    if not os.path.isdir(folder):
+        parser.error(f'{args.out}: there is no folder {folder}')
+    try:
+        session, facts = load(args.model)
+    except ValueError as error:
+        parser.error(str(error))
+    dets, _, keypoints = detect(session, facts, picture)
     kept = dets[:, 4] > args.score_thr
     for *box, score in dets[kept].tolist():
         print(f'{score:.3f}: ' + ', '.join(f'{v:.1f}' for v in box))
-    cv2.imwrite(args.out, draw(picture, dets[kept], keypoints[kept]))
+    if not cv2.imwrite(args.out, draw(picture, dets[kept], keypoints[kept])):
+        parser.error(f'{args.out} can not be written')
 
 
 if __name__ == '__main__':

@@ -481,6 +481,45 @@ def test_the_tool_and_the_example(here, monkeypatch, capfd):
     assert len(capfd.readouterr().out.splitlines()) == (dets[:, 4] > 0.5).sum()
 
 
+@pytest.mark.parametrize(
+    'model, out, line',
+    [
+        ('no.onnx', 'a.png', 'no.onnx: onnxruntime does not read it: '),
+        ('some.png', 'a.png', 'some.png: onnxruntime does not read it: '),
+        (
+            *('boxes.onnx', 'a.png'),
+            'boxes.onnx: its outputs are dets, labels; expected are dets, '
+            'labels, keypoints, of a detector of faces with landmarks\n',
+        ),
+        (
+            *('bare.onnx', 'a.png'),
+            'bare.onnx: its metadata lacks mean, pad_size_divisor; expected '
+            'is a file by tools/export_onnx.py\n',
+        ),
+        ('boxes.onnx', 'nodir/a.png', 'nodir/a.png: there is no folder '),
+        ('boxes.onnx', 'a', 'a: OpenCV writes no such file; expected is an '),
+    ],
+)
+def test_the_example_refuses(here, monkeypatch, capfd, model, out, line):
+    for name, count in (('boxes', 2), ('bare', 3)):
+        outputs = ['dets', 'labels', 'keypoints'][:count]
+        body = '\n'.join(f'{each} = Identity(input)' for each in outputs)
+        text = ', '.join(f'float[A] {each}' for each in outputs)
+        program = onnx.parser.parse_model(
+            f'<ir_version: 8, opset_import: ["": 17]> '
+            f'some (float[A] input) => ({text}) {{ {body} }}'
+        )
+        onnx.save(program, f'{name}.onnx')
+    example = runpy.run_path(str(ROOT / 'projects/deployment/detect.py'))
+    monkeypatch.setattr(sys, 'argv', ['detect.py', model, 'some.png', out])
+    with pytest.raises(SystemExit) as error:
+        example['main']()
+    assert error.value.code == 2
+    said = capfd.readouterr().err
+    assert f'detect.py: error: {line}' in said
+    assert len(said.partition('error: ')[2].splitlines()) == 1
+
+
 def test_what_is_not_done_is_not_told(here, monkeypatch):
     """Nothing to fuse, and no padding."""
     cfg = config(here, CLASSES, 'classes.py')
