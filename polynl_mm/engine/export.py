@@ -31,6 +31,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
+from torch.onnx import _constants
 
 from polynl_mm.limits import MAX_PIXELS, decode_picture
 
@@ -38,7 +39,7 @@ from .checks import leaf_datasets, our_errors
 from .cli import StartError
 from .culprit import Alone, culprit
 from .hosts import host_of
-from .nms import append_nms
+from .nms import NMS_OPSET, append_nms
 
 # Of the largest value; of detections see :class:`Difference`.
 TOLERANCE = 1e-4
@@ -165,6 +166,7 @@ def export(
         StartError: It can not be exported, or what is exported does not run
             or gives something else; names the module.
     """
+    _check_opset(module, exporter, opset)
     inputs = _inputs(divisor)
     why = _why_not(module, [[x] for x in inputs], exporter, opset)
     if isinstance(why, str):
@@ -186,13 +188,29 @@ def export(
     used = next(each for each in model.opset_import if not each.domain)
     if opset is not None and used.version != opset:
         raise StartError(
-            f'--opset {opset}: the {exporter} exporter can not go below '
-            f'{used.version}; try --exporter older'
+            f'--opset {opset}: the {exporter} exporter gives '
+            f'{used.version} instead; try --exporter older'
         )
     if module.nms:
         model = append_nms(model, **module.nms)
         _check_detections(module, model, inputs)
     return _with_names(model)
+
+
+def _check_opset(module: nn.Module, exporter: str, opset: int | None) -> None:
+    """See that an exporter knows a version, and so does the NMS."""
+    least, most = _constants.ONNX_MIN_OPSET, _constants.ONNX_MAX_OPSET
+    if exporter == 'older':
+        # In older torch, whose only one it was, it has no number of its own.
+        name = 'ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET'
+        most = getattr(_constants, name, most)
+    if module.nms:
+        least = NMS_OPSET
+    if opset is not None and not least <= opset <= most:
+        raise StartError(
+            f'--opset {opset}: expected is {least} to {most}, which the '
+            f'{exporter} exporter of torch {torch.__version__} can give here'
+        )
 
 
 def _check_detections(

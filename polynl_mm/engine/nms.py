@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from onnx import ModelProto, compose, parser
 
+# The least version of ONNX's operators that has them all.
+NMS_OPSET = 11
 _NO_LIMIT = 2**31 - 1
 
 # In ONNX's own language, without what differs between opsets. Pictures B,

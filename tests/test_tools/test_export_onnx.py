@@ -659,6 +659,23 @@ def test_a_config_is_refused(here, monkeypatch, capfd, options, line):
     assert line in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    'exporter, opset, line',
+    [
+        ('older', 10, '--opset 10: expected is 11 to '),
+        ('older', 99, '--opset 99: expected is 11 to '),
+        ('dynamo', 99, '--opset 99: expected is 11 to '),
+    ],
+)
+def test_opsets_out_of_range(tmp_path, monkeypatch, exporter, opset, line):
+    """Before anything is exported."""
+    monkeypatch.setattr(export, '_program', None)
+    module = trained(config(tmp_path, FACES))
+    with pytest.raises(StartError, match=line) as error:
+        export.export(module, 16, exporter, opset)
+    assert f'which the {exporter} exporter of torch' in str(error.value)
+
+
 def test_windows_are_refused(tmp_path):
     cfg = config(tmp_path, SEGMENTS)
     cfg.model.test_cfg = dict(mode='slide', crop_size=(8, 8), stride=(8, 8))
