@@ -77,6 +77,15 @@ def parts(graph: onnx.GraphProto) -> dict[str, list[str]]:
     }
 
 
+def preprocess(file: str, out: str) -> None:
+    """Write the shapes of what is in a model into it."""
+    # Inference of symbolic shapes fails at NMS and leaves what it has found
+    # in the current folder.
+    quant_pre_process(
+        file, out, skip_optimization=True, skip_symbolic_shape=True
+    )
+
+
 def quantise(
     file: str, out: str, nodes: list[str], pictures: Pictures
 ) -> None:
@@ -124,9 +133,7 @@ def main() -> None:
     rows, calls = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         whole = f'{folder}/whole.onnx'
-        quant_pre_process(
-            args.model, whole, skip_optimization=True, skip_symbolic_shape=True
-        )
+        preprocess(args.model, whole)
         every = parts(onnx.load(whole).graph)
         for number, (name, nodes) in enumerate(
             track(every.items(), 'Quantising')

@@ -480,6 +480,20 @@ def test_the_tool_and_the_example(here, monkeypatch, capfd):
     assert drawn.shape == picture.shape and (drawn != picture).any()
     assert len(capfd.readouterr().out.splitlines()) == (dets[:, 4] > 0.5).sum()
 
+    # In 8 bits; nothing is left in the current folder.
+    before = sorted(here.iterdir())
+    sys.path.insert(0, str(file.parent))
+    script = runpy.run_path(str(file.with_name('quantise.py')))
+    script['preprocess']('out/faces.onnx', 'out/whole.onnx')
+    nodes = onnx.load('out/whole.onnx').graph.node
+    convolutions = [node.name for node in nodes if node.op_type == 'Conv']
+    facts = example['load']('out/faces.onnx')[1]
+    given = script['Pictures']([here / 'some.png'], facts)
+    script['quantise']('out/whole.onnx', 'out/small.onnx', convolutions, given)
+    kinds = [node.op_type for node in onnx.load('out/small.onnx').graph.node]
+    assert kinds.count('QuantizeLinear') >= len(convolutions) > 10
+    assert sorted(here.iterdir()) == before
+
 
 @pytest.mark.parametrize(
     'model, out, line',
