@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import tempfile
 import warnings
@@ -425,8 +424,9 @@ def divisor_of(cfg: Config) -> int:
 
 
 def trial_divisor(cfg: Config) -> int:
-    """Give a divisor of sizes that most networks take."""
-    return math.lcm(divisor_of(cfg), 32)
+    """Give the divisor of the sizes that are tried, by default 32."""
+    # Most networks take multiples of it.
+    return divisor_of(cfg) if divisor_of(cfg) > 1 else 32
 
 
 def save(model: onnx.ModelProto, path: str, facts: dict) -> None:
