@@ -3,8 +3,7 @@ they were trained, measures."""
 
 import math
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.metadata import distributions
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,9 +15,7 @@ from polynl_mm.ops import Conv, Params, poly_nl, poly_nl_behind, project
 
 OLD_TORCH = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 5)
 # The maintained forks of OpenMMLab's packages stand in their place.
-FORKS = bool(find_spec('mmengine')) and any(
-    Path(find_spec('mmengine').origin).parents[1].glob('onedl_mmengine-*')
-)
+FORKS = any(each.name == 'onedl-mmengine' for each in distributions())
 HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # What the branch is of the layer's input in a model that calibrate has seen.
 SHARE = 0.4

@@ -48,7 +48,11 @@ OPTIONS = {
         'default_hooks.checkpoint.interval=2'
     ),
 }
-LOGGED = 'default_hooks.logger.interval=1 custom_hooks.0.interval=1'
+# One of the name of another would write into the folder of that.
+LOGGED = (
+    'default_hooks.logger.interval=1 custom_hooks.0.interval=1 '
+    'visualizer.name=of_host_scripts'
+)
 LAST = {'mmdet': 'epoch_2.pth', 'mmseg': 'iter_2.pth'}
 
 
