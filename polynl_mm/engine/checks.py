@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .cli import LAUNCHERS, StartError, rank, say
@@ -466,7 +467,12 @@ def check_checkpoint(cfg: Config, path: str, resume: bool = False) -> None:
         )
 
 
-def _misfits(cfg: Config, state_dict: dict) -> list[str]:
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of a config, as a runner does.
+
+    Raises:
+        StartError: Code of this package refuses a part of it.
+    """
     model_cfg = deepcopy(cfg.model)
     if cfg.get('data_preprocessor') is not None:
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -474,7 +480,11 @@ def _misfits(cfg: Config, state_dict: dict) -> list[str]:
         our_errors(f'config {cfg.filename}: '),
         DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
     ):
-        model = MODELS.build(model_cfg)
+        return MODELS.build(model_cfg)
+
+
+def _misfits(cfg: Config, state_dict: dict) -> list[str]:
+    model = build_model(cfg)
     # Some modules read an old checkpoint by the versions in here.
     versions = getattr(state_dict, '_metadata', OrderedDict())
     state_dict = OrderedDict(

@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
-from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 from pkgutil import resolve_name
@@ -26,7 +25,6 @@ import onnxruntime
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
@@ -34,7 +32,7 @@ from torch.onnx import _constants
 
 from polynl_mm.limits import MAX_PIXELS, decode_picture
 
-from .checks import leaf_datasets, our_errors
+from .checks import build_model, leaf_datasets
 from .cli import StartError
 from .culprit import Alone, culprit
 from .hosts import host_of
@@ -62,14 +60,7 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
     Returns:
         tuple: The model, and ``meta`` of the checkpoint.
     """
-    model_cfg = deepcopy(cfg.model)
-    if cfg.get('data_preprocessor') is not None:
-        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with (
-        our_errors(f'config {cfg.filename}: '),
-        DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
-    ):
-        model = MODELS.build(model_cfg)
+    model = build_model(cfg)
     loaded = load_checkpoint(model, checkpoint, 'cpu', logger='silent')
     # SyncBN is of GPUs; evaluated it is BN.
     return revert_sync_batchnorm(model).eval(), loaded.get('meta') or {}
