@@ -76,7 +76,7 @@ def test_a_folder_of_which_some_are_no_pictures(
     bad = {
         'broken.png': png[: len(png) // 2] + bytes(len(png) // 2),
         'cut.jpg': jpg[: len(jpg) // 2],
-        'float.tiff': cv2.imencode('.tiff', image / np.float32(255))[1],
+        'float.tiff': cv2.imencode('.tiff', image / 255)[1],
         'none': png,
         'zero.png': b'',
         'large.png': cv2.imencode('.png', np.zeros((100, 100), np.uint8))[1],
