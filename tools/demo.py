@@ -44,9 +44,7 @@ def parse_args():
         default=0.3,
         help='mmdet: least score of what is drawn',
     )
-    parser.add_argument(
-        '--device', help='such as cuda:0 or cpu; by default a GPU if any'
-    )
+    parser.add_device()
     parser.add_argument(
         '--max-pixels',
         type=int,
@@ -104,6 +102,8 @@ def check_image(path, max_pixels):
 def main():
     """Draw; the exit code is 1 if some of the images could not be drawn."""
     args = parse_args()
+    if args.device:
+        checks.check_device(args.device)
     images = find_images(args.images, args.max_pixels)
     cfg = start.read_config(args.config, args.cfg_options)
     checks.require(cfg, 'model', 'test_dataloader', 'visualizer')

@@ -16,9 +16,7 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
 
 import cv2
 import numpy as np
-import torch
 from mmengine.device import get_device
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 from polynl_mm.engine import checks, cli, start
@@ -74,27 +72,9 @@ def parse_args():
         'no such --layer, of its last Poly-NL layer, or what its last '
         'NonLocal2d attends to',
     )
-    parser.add_argument(
-        '--device', help='such as cuda:0 or cpu; by default a GPU if any'
-    )
+    parser.add_device()
     parser.add_config_options()
     return parser.parse_args()
-
-
-def check_device(device):
-    """Say at the start that a device is none, or not there."""
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise StartError(
-            f'--device {device} is none: expected one such as cuda:0 or cpu'
-        ) from error
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise StartError(
-            f'--device {device}, but this machine has no such device'
-        ) from error
 
 
 def options_for(config, options):
@@ -115,11 +95,7 @@ def options_for(config, options):
 
 def load(cfg, checkpoint, device):
     """Build a model, with its weights, to be looked at."""
-    model_cfg = cfg.model
-    if cfg.get('data_preprocessor') is not None:
-        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = MODELS.build(model_cfg)
+    model = checks.build_model(cfg)
     load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
     model.to(device).eval()
     return model
@@ -129,7 +105,7 @@ def main():
     """Look, and draw."""
     args = parse_args()
     device = args.device or get_device()
-    check_device(device)
+    checks.check_device(device)
     models = [(args.config, args.checkpoint, args.cfg_options)]
     if args.beside:
         options = options_for(args.beside[0], args.cfg_options or {})

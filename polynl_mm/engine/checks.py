@@ -320,6 +320,26 @@ def check_output(option: str, path: str, folder: bool = False) -> None:
         ) from error
 
 
+def check_device(device: str) -> None:
+    """Check a device that is asked for by ``--device``.
+
+    Raises:
+        StartError: It is none, or this machine has no such one.
+    """
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise StartError(
+            f'--device {device} is none: expected one such as cuda:0 or cpu'
+        ) from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise StartError(
+            f'--device {device}, but this machine has no such device'
+        ) from error
+
+
 def check_names(dataset: Dataset, option: str, suffix: bool = True) -> None:
     """Check that what is named as its picture has a name of its own.
 

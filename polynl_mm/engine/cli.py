@@ -212,6 +212,12 @@ class Parser(argparse.ArgumentParser):
             'key="[dict(type=\'A\')]", with strings in quotes',
         )
 
+    def add_device(self) -> None:
+        """Take where one process computes, of the hosts' inferencers."""
+        self.add_argument(
+            '--device', help='such as cuda:0 or cpu; by default a GPU if any'
+        )
+
     def add_tiles(self) -> None:
         """Take how a detector is given large pictures."""
         self.add_argument(

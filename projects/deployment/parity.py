@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from copy import deepcopy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,12 +22,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 import torch
 from benchmarks.timing import machine, table
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
 from rich.progress import track
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from polynl_mm.engine import export
+from polynl_mm.engine.checks import build_model
 from polynl_mm.engine.cli import StartError
 from polynl_mm.engine.start import read_config
 from polynl_mm.fusion import fuse_poly_nl
@@ -50,9 +49,7 @@ SHARE = 0.4
 def build(cfg) -> nn.Module:
     """The model of a config as if it were trained."""
     torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = MODELS.build(deepcopy(cfg.model))
-    model = revert_sync_batchnorm(model).eval()
+    model = revert_sync_batchnorm(build_model(cfg)).eval()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     layers = [m for m in model.modules() if isinstance(m, PolyNL)]
     for norm in norms:

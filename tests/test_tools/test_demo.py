@@ -118,12 +118,13 @@ def test_a_folder_of_which_some_are_no_pictures(
         'a.png',
         'z.jpg',
     ]
-    # One that is asked for alone is refused before anything is made.
-    for name in bad:
-        monkeypatch.setattr(
-            'sys.argv', ['demo.py', f'pictures/{name}', *map(str, args)]
-        )
+    # One that is asked for alone is refused before anything is made, and so
+    # is a device.
+    refused = {(f'pictures/{name}',): f'pictures/{name}: ' for name in bad}
+    refused['pictures', '--device', 'gpu'] = '--device gpu is none: expected'
+    for first, line in refused.items():
+        monkeypatch.setattr('sys.argv', ['demo.py', *first, *map(str, args)])
         with pytest.raises(SystemExit) as caught:
             cli.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
         assert caught.value.code == 2
-        assert f'error: pictures/{name}: ' in capfd.readouterr().err
+        assert f'error: {line}' in capfd.readouterr().err

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from mmcv.cnn import fuse_conv_bn
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DefaultScope
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 from tqdm import tqdm
@@ -77,16 +77,15 @@ class Contender:
         cfg = start.read_config(config)
         checks.require(cfg, 'model')
         hosts.host_of(cfg)
-        host = cfg.default_scope
         torch.manual_seed(0)
-        self.whole = self.model = build(cfg, host).to(device)
+        self.whole = self.model = build(cfg).to(device)
         if backbone:
             self.whole = self.model = self.whole.backbone
         for module in self.whole.modules():
             if variant.form and isinstance(module, PolyNL):
                 module.form = variant.form
         self.picture = torch.randn(1, 3, *shape).to(device)
-        self.sample = SAMPLES[host](*shape).to(device)
+        self.sample = SAMPLES[cfg.default_scope](*shape).to(device)
 
     def forward(self):
         """Run the network, see tools/benchmark_model.py."""
@@ -138,16 +137,13 @@ class Contender:
         return getattr(self, mode)
 
 
-def build(cfg, host: str) -> nn.Module:
+def build(cfg) -> nn.Module:
     """Build the model of a config, with random weights instead of trained."""
-    with DefaultScope.overwrite_default_scope(host):
-        model_cfg = cfg.model.copy()
-        if cfg.get('data_preprocessor') is not None:
-            model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
-        model = revert_sync_batchnorm(MODELS.build(model_cfg))
-        for module in model.modules():
-            if 'checkpoint' in str(getattr(module, 'init_cfg', None)):
-                module.init_cfg = None
+    model = revert_sync_batchnorm(checks.build_model(cfg))
+    for module in model.modules():
+        if 'checkpoint' in str(getattr(module, 'init_cfg', None)):
+            module.init_cfg = None
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model.init_weights()
     return model
 
