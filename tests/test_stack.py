@@ -1,5 +1,6 @@
 """Packages that do not fit each other are told in a line, by whoever fails."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -144,6 +145,32 @@ def test_where_a_tool_imports(tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith('test.py: error: cv2 was built for another numpy')
+
+
+def late(script):
+    """What a tool imports that could fail, before it would end in a line."""
+    found = []
+    for node in ast.parse(script).body:
+        if ast.unparse(node) == 'stack.end_in_a_line()':
+            return found
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module)
+    ours = ('polynl_mm', 'benchmarks', 'mmengine')
+    return found if any(name.startswith(ours) for name in found) else []
+
+
+@pytest.mark.parametrize(
+    'tool', sorted((ROOT / 'tools').glob('*.py')), ids=lambda tool: tool.name
+)
+def test_every_tool_would(tool):
+    names = {name.partition('.')[0] for name in late(tool.read_text())}
+    assert names <= sys.stdlib_module_names | {'polynl_mm'}
+
+
+def test_a_tool_that_would_not():
+    assert late('import cv2\nfrom mmengine import a') == ['cv2', 'mmengine']
 
 
 @of_openmmlab

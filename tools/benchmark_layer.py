@@ -60,6 +60,10 @@ if (HERE.parent / 'polynl_mm').is_dir():
 # Where this file is run as a script, it is there already.
 sys.path.append(str(HERE))
 
+from polynl_mm import stack
+
+stack.end_in_a_line()
+
 import torch
 from benchmarks import attention, calibrate, gpu, layer, timing
 from benchmarks.card import Card

@@ -2,13 +2,16 @@
 
 import os
 import sys
+from importlib.util import find_spec
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
     # A checkout, installed or not; in a wheel the package lies around here.
     sys.path.insert(0, ROOT)
 
-from importlib.util import find_spec
+from polynl_mm import stack
+
+stack.end_in_a_line()
 
 from rich.progress import Progress
 

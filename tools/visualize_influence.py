@@ -14,6 +14,10 @@ if os.path.isdir(os.path.join(ROOT, 'polynl_mm')):
     # A checkout, installed or not; in a wheel the package lies around here.
     sys.path.insert(0, ROOT)
 
+from polynl_mm import stack
+
+stack.end_in_a_line()
+
 import cv2
 import numpy as np
 from mmengine.device import get_device
