@@ -648,27 +648,48 @@ def test_the_smallest_is_found(path):
     assert found == (path and (path, part, 'as told'))
 
 
+def not_plain(nms):
+    return (
+        f'config faces.py: model.test_cfg.nms={nms} is not exported, as the '
+        'standard operator knows plain NMS within each class alone: set '
+        'model.test_cfg.nms="dict(type=\'nms\', iou_threshold=0.5)"'
+    )
+
+
 @pytest.mark.parametrize(
     'options, line',
     [
         (
-            ["model.test_cfg.nms=dict(type='soft_nms')"],
-            "config faces.py: model.test_cfg.nms={'type': 'soft_nms', "
-            "'iou_threshold': 0.4} is not exported, as the standard operator "
-            'knows plain NMS within each class alone: set '
-            'model.test_cfg.nms="dict(type=\'nms\', iou_threshold=0.5)"',
+            ['--cfg-options', "model.test_cfg.nms=dict(type='soft_nms')"],
+            not_plain(dict(type='soft_nms', iou_threshold=0.4)),
         ),
-        (None, 'some.jpg: not a readable picture'),
+        (
+            ['--cfg-options', 'model.test_cfg.nms.class_agnostic=True'],
+            not_plain(
+                dict(type='nms', iou_threshold=0.4, class_agnostic=True)
+            ),
+        ),
+        (['--verify', 'some.jpg'], 'some.jpg: not a readable picture'),
+        (
+            ['--cfg-options', 'model.bbox_head.in_channels=13'],
+            'checkpoint faces.pth does not fit the model of faces.py: 4 keys',
+        ),
+        (
+            ['--exporter', 'older', '--opset', '17'],
+            '--opset 17: the older exporter gives 18 instead; try --exporter ',
+        ),
     ],
+    ids=['soft', 'agnostic', 'picture', 'checkpoint', 'opset'],
 )
-def test_a_config_is_refused(here, monkeypatch, capfd, options, line):
+def test_what_is_refused(here, monkeypatch, capfd, options, line):
+    (here / 'some.jpg').write_bytes(b'none')
+    # As the newer exporter does where it can not go back to a version.
+    newer = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 18]> a (float[1] x) => () {}'
+    )
+    monkeypatch.setattr(export, '_why_not', lambda *_: newer)
     args = ['faces.py', 'faces.pth', 'some.onnx']
-    if options is None:
-        (here / 'some.jpg').write_bytes(b'none')
-        args += ['--verify', 'some.jpg']
-    else:
-        args += ['--cfg-options', *options]
-    assert call(monkeypatch, *args) == 2
+    assert call(monkeypatch, *args, *options) == 2
     assert not (here / 'some.onnx').exists()
     assert line in capfd.readouterr().err
 
