@@ -325,9 +325,10 @@ def tool_of(words):
         if script == 'run':
             args[:2] = reversed(args[:2])
             script, *args = args
-        if args[:1] != ['polynl_mm']:
+        if args[:1] != ['polynl_mm'] or script == 'search':
             return None, args
         script, args = f'tools/{script}.py', args[1:]
+        assert (ROOT / script).is_file(), f'there is no {script}'
     elif script == '-m':
         script, *args = args
         script = script.replace('polynl_mm.tools.', 'tools/') + '.py'
@@ -468,6 +469,7 @@ and
     python tools/make_mini_data.py {{coco,cocoa}} --out DIR --seed N
     bash tools/dist_train.sh CONFIG many
     mim run polynl_mm test CONFIG CKPT --no-such
+    mim run polynl_mm tests CONFIG CKPT
     python -m polynl_mm.tools.demo IMAGE CONFIG CKPT
 
 ```sh
@@ -487,6 +489,7 @@ python tools/train.py {coco} --cfg-options "model.backbone.plugins=[]"
         'tools/make_mini_data.py cocoa --out DIR --seed N',
         'tools/dist_train.sh CONFIG many',
         'run polynl_mm test CONFIG CKPT --no-such',
+        'run polynl_mm tests CONFIG CKPT',
         '-m polynl_mm.tools.demo IMAGE CONFIG CKPT',
     ]
     assert wrongly_marked(page) == [
