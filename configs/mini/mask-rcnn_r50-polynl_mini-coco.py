@@ -6,6 +6,7 @@ _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/datasets/coco_instance.py',
     'mmdet::_base_/default_runtime.py',
+    '../_base_/schedules/mini.py',
     '../_base_/polynl.py',
 ]
 
@@ -120,21 +121,9 @@ max_epochs = 14
 train_cfg = dict(
     type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=7
 )
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
-    type='OptimWrapper',
-    # Fused (on a CPU from torch 2.4 on): one group per parameter costs time.
-    optimizer=dict(type='AdamW', lr=0.005, weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(
-        norm_decay_mult=0,
-        bias_decay_mult=0,
-        custom_keys={
-            'poly_nl.alpha': dict(decay_mult=0),
-            'poly_nl.beta': dict(decay_mult=0),
-        },
-    ),
+    optimizer=dict(lr=0.005, weight_decay=0.05),
     clip_grad=dict(max_norm=3),
 )
 param_scheduler = [
@@ -160,6 +149,5 @@ default_hooks = dict(
         save_best='coco/segm_mAP',
     ),
 )
-randomness = dict(seed=0)
 custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks

@@ -8,6 +8,7 @@
 _base_ = [
     'mmseg::_base_/datasets/cityscapes.py',
     'mmseg::_base_/default_runtime.py',
+    '../_base_/schedules/mini.py',
     '../_base_/polynl.py',
 ]
 
@@ -84,20 +85,9 @@ max_iters = 800
 train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200
 )
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.01, fused=True),
-    paramwise_cfg=dict(
-        norm_decay_mult=0,
-        bias_decay_mult=0,
-        custom_keys={
-            'poly_nl.alpha': dict(decay_mult=0),
-            'poly_nl.beta': dict(decay_mult=0),
-        },
-    ),
+    optimizer=dict(lr=0.01, weight_decay=0.01),
     clip_grad=dict(max_norm=5),
 )
 param_scheduler = [
@@ -130,4 +120,3 @@ default_hooks = dict(
 )
 custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
-randomness = dict(seed=0)

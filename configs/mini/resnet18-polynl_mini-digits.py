@@ -5,7 +5,10 @@
 # Rivals: --cfg-options model.backbone.blocks.0.cfg.type=ContextBlock
 #     model.backbone.blocks.0.cfg.ratio=0.25
 # (or polynl_mm.SELayer, NonLocal2d), and none: model.backbone.blocks=[]
-_base_ = '../_base_/classification_runtime.py'
+_base_ = [
+    '../_base_/schedules/mini.py',
+    '../_base_/classification_runtime.py',
+]
 
 model = dict(
     type='polynl_mm.Classifier',
@@ -79,21 +82,9 @@ max_iters = 200
 train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters
 )
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
-    type='OptimWrapper',
-    # Fused (on a CPU from torch 2.4 on): one group per parameter costs time.
-    optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(
-        norm_decay_mult=0,
-        bias_decay_mult=0,
-        custom_keys={
-            'poly_nl.alpha': dict(decay_mult=0),
-            'poly_nl.beta': dict(decay_mult=0),
-        },
-    ),
+    optimizer=dict(lr=0.01, weight_decay=0.05),
     clip_grad=dict(max_norm=5),
 )
 param_scheduler = [
@@ -113,4 +104,3 @@ default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=max_iters, max_keep_ckpts=1),
 )
-randomness = dict(seed=0)

@@ -6,6 +6,7 @@ _base_ = [
     '../_base_/models/retinaface_r50_p2-p6.py',
     '../_base_/datasets/wider_face.py',
     'mmdet::_base_/default_runtime.py',
+    '../_base_/schedules/mini.py',
     '../_base_/polynl.py',
 ]
 
@@ -85,21 +86,9 @@ train_cfg = dict(
     val_interval=1,
     dynamic_intervals=[(3, 4)],
 )
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
-    type='OptimWrapper',
-    # Fused (on a CPU from torch 2.4 on): one group per parameter costs time.
-    optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(
-        norm_decay_mult=0,
-        bias_decay_mult=0,
-        custom_keys={
-            'poly_nl.alpha': dict(decay_mult=0),
-            'poly_nl.beta': dict(decay_mult=0),
-        },
-    ),
+    optimizer=dict(lr=0.01, weight_decay=0.05),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
@@ -130,4 +119,3 @@ default_hooks = dict(
 custom_imports = _base_.polynl_imports
 custom_hooks = _base_.polynl_hooks
 visualizer = dict(type='polynl_mm.FaceVisualizer')
-randomness = dict(seed=0)
