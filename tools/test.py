@@ -94,7 +94,8 @@ def set_tiles(cfg, args):
 def set_tta(cfg):
     """Put the model and the pipeline of test-time augmentation in place."""
     data = list(checks.leaf_datasets(cfg.test_dataloader))
-    for key, value in host_of(cfg, '--tta').tta_defaults(data[0]).items():
+    defaults = host_of(cfg, '--tta').tta_defaults(cfg, data[0])
+    for key, value in defaults.items():
         cfg.setdefault(key, value)
     checks.require(cfg, 'tta_model', 'tta_pipeline')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
@@ -119,6 +120,7 @@ def main():
         cfg, 'model', 'test_dataloader', 'test_cfg', 'test_evaluator'
     )
     runner_class = start.runner_class(cfg)
+    checks.check_exists(args.checkpoint)
     if args.show or args.show_dir:
         set_show(cfg, args)
     saver = host_of(cfg, '--out').out(cfg, args.out) if args.out else None

@@ -6,6 +6,7 @@ A host is imported only where a config of its own is at hand.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Host:
             exported. Raises ValueError where its config can not be exported.
         tta_defaults: Gives what ``--tta`` takes for the keys ``tta_model``
             and ``tta_pipeline`` where a config lacks them, given the config
-            of a data set.
+            and that of a data set. Raises StartError where that can not be.
         set_up: 'module:name' of what the host's own tools call first, without
             arguments.
         check_datasets: 'module:name' of what looks at every sample before a
@@ -64,7 +65,7 @@ class Host:
     meta_keys: tuple[str, ...]
     exported: str
     score_thr: str | None = None
-    tta_defaults: Callable[[dict], dict] = lambda dataset: {}
+    tta_defaults: Callable[[Config, dict], dict] = lambda cfg, dataset: {}
     set_up: str | None = None
     check_datasets: str | None = None
     check_job: str | None = None
@@ -128,6 +129,11 @@ def _save_label_maps(cfg: Config, out: str) -> None:
             f'--out {out}: mmseg saves label maps to a folder, but this is a '
             'file'
         )
+    if out.endswith(('.pkl', '.pickle', '.json')):
+        raise StartError(
+            f'--out {out}: mmseg saves label maps, expected the name of a '
+            'folder'
+        )
     metrics = cfg.test_evaluator
     metrics = [metrics] if isinstance(metrics, dict) else metrics
     saving = [metric for metric in metrics if _takes_output_dir(metric)]
@@ -148,8 +154,15 @@ def _takes_output_dir(metric: dict) -> bool:
     return kind is not None and 'output_dir' in signature(kind).parameters
 
 
-def _flip(dataset: dict) -> dict:
+def _flip(cfg: Config, dataset: dict) -> dict:
     """Take each image and its mirror image, as mmdet's own tool does."""
+    masks = _finds_masks('model', cfg.model)
+    kind = (cfg.get('tta_model') or {}).get('type', 'DetTTAModel')
+    if masks and str(kind).endswith('DetTTAModel'):
+        raise StartError(
+            f'--tta: mmdet merges boxes alone, and {masks} of config '
+            f'{cfg.filename} finds masks: test it without'
+        )
     *before, pack = deepcopy(dataset.pipeline)
     flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
     if 'meta_keys' in pack:
@@ -163,6 +176,20 @@ def _flip(dataset: dict) -> dict:
         ),
         tta_pipeline=[*before, augment],
     )
+
+
+def _finds_masks(path: str, part: dict) -> str | None:
+    """Give the path of a head that finds masks, if there is one."""
+    for key, each in part.items():
+        if not isinstance(each, dict):
+            continue
+        kind = str(each.get('into', each.get('type')))
+        if key == 'mask_head' or re.search(r'Ins\w*Head$', kind):
+            return f'{path}.{key}'
+        found = _finds_masks(f'{path}.{key}', each)
+        if found:
+            return found
+    return None
 
 
 def _tile_detector(
@@ -216,7 +243,7 @@ def _refuse_tiles_of_classes(
     raise StartError('--tile is for mmdet: a classifier sees whole pictures')
 
 
-def _refuse_tta(dataset: dict) -> dict:
+def _refuse_tta(cfg: Config, dataset: dict) -> dict:
     raise StartError('--tta is for mmdet and mmseg, not for classification')
 
 

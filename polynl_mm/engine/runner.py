@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 import torch
 from mmengine.device import get_device
-from mmengine.dist import broadcast, is_distributed
+from mmengine.dist import broadcast, is_distributed, master_only
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS
@@ -39,6 +39,21 @@ class BroadcastBuffersHook(Hook):
         """Broadcast the model's buffers from process 0."""
         for buffer in runner.model.buffers():
             broadcast(buffer)
+
+
+class Evaluating:
+    """What a runner of any kind does otherwise where it only evaluates."""
+
+    @master_only
+    def dump_config(self) -> None:
+        """Save the config beside the results.
+
+        mmengine would save it over that of the training in the same work
+        directory, with what a test sets in it: ``load_from``, the model of
+        ``--tta`` or ``--tile``.
+        """
+        name = self.cfg.filename or f'{self.timestamp}.py'
+        self.cfg.dump(os.path.join(self.log_dir, os.path.basename(name)))
 
 
 class ClassesHook(Hook):

@@ -26,7 +26,7 @@ from . import safe_load
 from .checks import check_loader, check_output, check_plugins, our_errors
 from .cli import LAUNCHERS, StartError
 from .hosts import HOSTS
-from .runner import CollectHook, GlooRunner
+from .runner import CollectHook, Evaluating, GlooRunner
 
 
 def read_config(path: str, options: dict | None = None) -> Config:
@@ -179,6 +179,8 @@ def build_runner(kind: type[Runner], cfg: Config, *phases: str) -> Runner:
             would resume and others start anew.
     """
     check_output('work_dir', cfg.work_dir, folder=True)
+    if phases == ('test',):
+        kind = type(kind.__name__, (Evaluating, kind), {})
     with our_errors(f'config {cfg.filename}: '):
         runner = kind.from_cfg(cfg)
     if len(set(all_gather_object(bool(cfg.get('resume'))))) > 1:

@@ -20,10 +20,11 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
 import mmcv  # noqa: E402
-from mmengine.config import Config  # noqa: E402
+from mmengine.config import Config, ConfigDict  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 
 from polynl_mm.engine import checks, cli  # noqa: E402
+from polynl_mm.engine.hosts import HOSTS  # noqa: E402
 from polynl_mm.engine.runner import GlooRunner  # noqa: E402
 from polynl_mm.engine.start import (  # noqa: E402
     build_runner,
@@ -1137,6 +1138,7 @@ def test_fine_tuning_may_lack_keys(here):
     [
         ('det', ['--out', 'labels'], '.pkl or .pickle'),
         ('seg', ['--out', 'det.py'], 'this is a file'),
+        ('seg', ['--out', 'o.pkl'], 'expected the name of a folder'),
         (
             'seg',
             [
@@ -1178,6 +1180,28 @@ def test_fine_tuning_may_lack_keys(here):
 def test_options_of_test(refuse, weights, host, options, said):
     line = refuse('test', f'{host}.py', weights(host=host), *options)
     assert said in line
+
+
+@pytest.mark.parametrize(
+    'model, path',
+    [
+        (dict(roi_head=dict(mask_head=dict())), 'model.roi_head.mask_head'),
+        (dict(bbox_head=dict(type='RTMDetInsHead')), 'model.bbox_head'),
+        (dict(roi_head=dict(mask_head=None)), None),
+    ],
+)
+def test_masks_of_mirror_images(model, path):
+    """No host merges them; a model of the user's own may."""
+    cfg = Config(dict(model=dict(model, backbone=dict(type='ResNet'))))
+    data = ConfigDict(pipeline=[dict(type='PackDetInputs')])
+    defaults = HOSTS['mmdet'].tta_defaults
+    if path:
+        with pytest.raises(
+            cli.StartError, match=f'--tta: .* {path} of config'
+        ):
+            defaults(cfg, data)
+        cfg.tta_model = dict(type='MyTTAModel')
+    assert defaults(cfg, data)['tta_model']['type'] == 'DetTTAModel'
 
 
 @pytest.mark.parametrize(

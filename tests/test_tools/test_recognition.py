@@ -116,6 +116,9 @@ def numbers(log, k):
 
 
 def test_scores_are_saved(checkpoint, call, here):
+    saved = here / 'work_dirs/cls/cls.py'
+    saved.parent.mkdir(parents=True)
+    saved.write_text('# of the training')
     code, out, _ = call('test', NAME, checkpoint, '--out', 'out.pkl')
     assert code == 0
     saved = pickle.loads((here / 'out.pkl').read_bytes())
@@ -125,6 +128,10 @@ def test_scores_are_saved(checkpoint, call, here):
     best = [int(each['pred_scores'].argmax()) for each in saved]
     hits = sum(k == each['gt_label'] for k, each in zip(best, saved))
     assert numbers(out, 1) == [f'{100 * hits / 8:.4f}']
+    # A config that names the checkpoint as a start is not what was trained.
+    assert (here / 'work_dirs/cls/cls.py').read_text() == '# of the training'
+    (ran,) = (here / 'work_dirs/cls').glob('2*/cls.py')
+    assert Config.fromfile(ran).load_from == checkpoint
 
 
 @pytest.mark.parametrize(

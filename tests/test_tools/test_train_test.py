@@ -29,8 +29,11 @@ def scalars(folder):
     }
 
 
-def ran_model(dumped):
-    return Config.fromfile(dumped).model.type
+def ran(work_dir):
+    """The config of a test: not in the place of that of a training."""
+    (saved,) = work_dir.glob('2*/*.py')
+    assert not list(work_dir.glob('*.py'))
+    return Config.fromfile(saved)
 
 
 @pytest.fixture(scope='module')
@@ -195,17 +198,17 @@ def test_det_tta_and_pictures(place, det_tests):
     assert sorted(p.name for p in folder.iterdir()) == [
         f'{i}.png' for i in range(8)
     ]
-    assert ran_model(place / 'det_tta/det.py') == 'DetTTAModel'
+    assert ran(place / 'det_tta').model.type == 'DetTTAModel'
     # Boxes of the mirror images were merged in.
     assert scalars(place / 'det_tta') != scalars(place / 'det_theirs')
 
 
 def test_det_tiles(place, det_tests):
     assert det_tests['tiles'].code == 0, det_tests['tiles'].err
-    ran = Config.fromfile(place / 'det_tiles/det.py')
-    assert ran.model.module.type == 'polynl_mm.Tiled'
-    assert ran.model.module.detector == 'RetinaNet'
-    steps = [step.type for step in ran.tta_pipeline]
+    cfg = ran(place / 'det_tiles')
+    assert cfg.model.module.type == 'polynl_mm.Tiled'
+    assert cfg.model.module.detector == 'RetinaNet'
+    steps = [step.type for step in cfg.tta_pipeline]
     assert steps[:2] == ['LoadImageFromFile', 'polynl_mm.Resize']
     found = scalars(place / 'det_tiles')
     assert set(found) == set(scalars(place / 'det_tta'))
@@ -265,7 +268,7 @@ def test_seg_demo(place, seg_tests):
 
 def test_seg_tta(place, seg_tests):
     assert seg_tests['tta'].code == 0, seg_tests['tta'].err
-    assert ran_model(place / 'seg_tta/seg.py') == 'SegTTAModel'
+    assert ran(place / 'seg_tta').model.type == 'SegTTAModel'
     assert set(scalars(place / 'seg_tta')) == {'aAcc', 'mIoU'}
 
 
