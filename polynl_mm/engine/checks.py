@@ -16,15 +16,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from difflib import get_close_matches
 from inspect import getattr_static, isclass, signature
 from pkgutil import resolve_name
 
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope, Registry
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+from polynl_mm.registry import MODELS as OURS
 
 from .cli import LAUNCHERS, StartError, rank, say
 from .heads import check_heads
@@ -72,7 +75,7 @@ def check_plugins(cfg: Config) -> None:
     another way.
 
     Raises:
-        StartError: It takes none.
+        StartError: It takes none, or not such ones.
     """
     for path, part in _parts('model', cfg.get('model')):
         if 'plugins' not in part:
@@ -101,11 +104,46 @@ def check_plugins(cfg: Config) -> None:
         ):
             why = f'{kind.__name__} of depth {depth} has no bottlenecks'
         else:
+            if hasattr(kind, 'make_stage_plugins'):
+                for number, plugin in enumerate(part['plugins'] or ()):
+                    where = f'config {cfg.filename}: {path}.plugins.{number}'
+                    count = part.get('num_stages', 4)
+                    _check_plugin(where, plugin, count, registry)
             continue
         raise StartError(
             f'config {cfg.filename}: {path}.plugins: {why}: leave it out and '
             f"write type='polynl_mm.Insert', into={kind.__name__!r}, "
             'blocks=[dict(after=..., cfg=...)]'
+        )
+
+
+def _check_plugin(
+    where: str, plugin: dict, stages: int, registry: Registry
+) -> None:
+    """Check one that a ResNet of a host is given."""
+    positions = [f'after_conv{i}' for i in (1, 2, 3)]
+    if plugin.get('position') not in positions:
+        raise StartError(
+            f'{where}.position={plugin.get("position")!r}, expected one of '
+            + ', '.join(positions)
+        )
+    chosen = plugin.get('stages')
+    if chosen is not None and len(chosen) != stages:
+        raise StartError(
+            f'{where}.stages={chosen}, expected one of True or False for each '
+            f'of {stages} stages'
+        )
+    name = (plugin.get('cfg') or {}).get('type')
+    if isinstance(name, str) and registry.get(name) is None:
+        prefix, dot, _ = name.rpartition('.')
+        known = {**MODELS.module_dict, **registry.module_dict}
+        if prefix == 'polynl_mm':
+            known = OURS.module_dict
+        names = [f'{prefix}{dot}{each}' for each in known]
+        near = get_close_matches(name, names, n=1)
+        raise StartError(
+            f'{where}.cfg.type={name!r} is not registered, expected a type '
+            + (f'such as {near[0]!r}' if near else 'that is imported')
         )
 
 

@@ -1304,3 +1304,45 @@ def test_port_in_use(start, finish, free_port):
 def test_plugins_where_there_is_no_place(refuse, config, options, said):
     line = refuse('train', config, '--cfg-options', *options)
     assert line == f'config {config}: model.backbone.plugins: {said}'
+
+
+@pytest.mark.parametrize(
+    'change, said',
+    [
+        (
+            dict(position='after_conv4'),
+            ".position='after_conv4', expected one of after_conv1, "
+            'after_conv2, after_conv3',
+        ),
+        (dict(position=None), '.position=None, expected one of after_conv1, '),
+        (
+            dict(stages=(False, True)),
+            '.stages=(False, True), expected one of True or False for each of '
+            '4 stages',
+        ),
+        (
+            dict(cfg=dict(type='polynl_mm.PolyNL2D')),
+            ".cfg.type='polynl_mm.PolyNL2D' is not registered, expected a "
+            "type such as 'polynl_mm.PolyNL2d'",
+        ),
+        (
+            dict(cfg=dict(type='ContextBlok')),
+            ".cfg.type='ContextBlok' is not registered, expected a type such "
+            "as 'ContextBlock'",
+        ),
+    ],
+)
+def test_plugins_of_no_such_kind(change, said):
+    good = dict(
+        cfg=dict(type='polynl_mm.PolyNL2d'),
+        stages=(False, False, True, False),
+        position='after_conv3',
+    )
+    plugins = [good, {**good, **change}]
+    backbone = dict(type='ResNet', depth=50, plugins=plugins)
+    cfg = Config(dict(default_scope='mmdet', model=dict(backbone=backbone)))
+    with pytest.raises(cli.StartError) as caught:
+        checks.check_plugins(cfg)
+    assert f'model.backbone.plugins.1{said}' in str(caught.value)
+    cfg.model.backbone.plugins.pop()
+    checks.check_plugins(cfg)
