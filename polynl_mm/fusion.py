@@ -91,11 +91,12 @@ def fuse_poly_nl(
     ``ConvModule`` (laterals of an FPN), and items of a Sequential.
 
     For inference (default), call ``model.eval()`` and load the checkpoint
-    first. The fused layers hold constants instead of parameters and can not
-    be trained. A state dict of the fused model fits the fused model only.
-    mmcv's ``fuse_conv_bn`` may be applied before or after. Where the
-    convolution is wide and its output narrow (the upper laterals of an FPN),
-    it is still the output that the layer is computed from.
+    first; a layer in training mode is left alone. The fused layers hold
+    constants instead of parameters and can not be trained. A state dict of
+    the fused model fits the fused model only. mmcv's ``fuse_conv_bn`` may be
+    applied before or after. Where the convolution is wide and its output
+    narrow (the upper laterals of an FPN), it is still the output that the
+    layer is computed from.
 
     With ``trainable=True``, parameters, their names and their gradients are
     those of the model as it was, and so are its checkpoints. Call
@@ -140,6 +141,11 @@ def fuse_poly_nl(
             modules.check(site, conv, norm)
             if not trainable:
                 _check_order(conv, norm)
+                if layer.training:
+                    raise _Left(
+                        'it is in training mode: call model.eval() first, or '
+                        'fuse it with trainable=True'
+                    )
         except _Left as reason:
             report.left[path] = str(reason)
             continue

@@ -502,6 +502,17 @@ def test_training_mode_is_left(trainable):
     assert type(model[0]) is nn.Conv2d
 
 
+def test_without_a_norm_in_training_mode():
+    """Nothing else would tell that what is fused learns no more."""
+    model = pair(norm=False).train()
+    _, report = fuse_poly_nl(model)
+    (reason,) = report.left.values()
+    assert 'training mode: call model.eval() first' in reason
+    assert not report.fused and layers_of(model)
+    assert fuse_poly_nl(model, trainable=True)[1].fused
+    assert fuse_poly_nl(model.eval())[1].fused
+
+
 def test_report():
     report = FusionReport(['a', 'b'], dict(c='why', d='so', e='why'))
     assert str(report).splitlines() == [
