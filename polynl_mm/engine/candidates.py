@@ -22,8 +22,15 @@ def exported(detector: nn.Module) -> Candidates | Features:
     """Give what of a detector is exported.
 
     Raises:
-        ValueError: ``test_cfg`` asks for an NMS that is not the plain one.
+        ValueError: ``test_cfg`` asks for an NMS that is not the plain one, or
+            pictures are taken in tiles.
     """
+    if hasattr(detector, 'tiling'):
+        raise ValueError(
+            "model.type='polynl_mm.Tiled' is not exported, as tiles are cut "
+            'around the network and share their context: set model.type to '
+            'what model.detector is, and leave tile and overlap out'
+        )
     head = getattr(detector, 'bbox_head', None)
     if isinstance(detector, SingleStageDetector) and _decodes_plainly(head):
         return Candidates(detector)
@@ -97,7 +104,13 @@ class Candidates(nn.Module):
         self.has_landmarks = self.is_face and head.with_landmarks
         cfg = head.test_cfg or {}
         nms = dict(cfg.get('nms') or {})
-        if nms.pop('type', 'nms') != 'nms' or nms.pop('class_agnostic', False):
+        # How many boxes mmcv takes at once, whatever it finds.
+        nms.pop('split_thr', None)
+        if (
+            nms.pop('type', 'nms') != 'nms'
+            or nms.pop('class_agnostic', False)
+            or nms.keys() - {'iou_threshold'}
+        ):
             raise ValueError(
                 f'model.test_cfg.nms={cfg.nms} is not exported, as the '
                 'standard operator knows plain NMS within each class alone: '

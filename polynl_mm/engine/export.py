@@ -42,8 +42,8 @@ from .nms import NMS_OPSET, append_nms
 TOLERANCE = 1e-4
 # torch's exporters: by torch.export, and by tracing, as mmdeploy does.
 EXPORTERS = ('dynamo', 'older')
-# Arguments of Resize that decide about the size.
-_RESIZE = ('scale', 'scale_factor', 'keep_ratio', 'max_side')
+# Arguments of Resize that decide about its result.
+_RESIZE = ('scale', 'scale_factor', 'keep_ratio', 'max_side', 'interpolation')
 _AXES = {0: 'batch', 2: 'height', 3: 'width'}
 
 
@@ -89,7 +89,6 @@ class Logits(nn.Module):
     """
 
     nms = None
-    what = 'logits, resized to the size of the input'
 
     def __init__(self, segmentor: nn.Module) -> None:
         """Take a segmentor of mmseg."""
@@ -102,6 +101,20 @@ class Logits(nn.Module):
                 'and call what is exported for each window'
             )
         self.segmentor = segmentor
+        head = segmentor.decode_head
+        # Of a head in several stages it is the last one that decides.
+        head = head[-1] if isinstance(head, nn.ModuleList) else head
+        self.threshold = head.threshold if head.out_channels == 1 else None
+
+    @property
+    def what(self) -> str:
+        """What is exported, for the user."""
+        if self.threshold is None:
+            return 'logits, resized to the size of the input'
+        return (
+            'one logit, resized to the size of the input: class 1 is where '
+            f'its sigmoid is above {self.threshold}'
+        )
 
     def output_names(self, count: int) -> list[str]:
         """As in mmdeploy."""
@@ -370,24 +383,37 @@ def describe(cfg: Config, module: nn.Module, meta: dict, fused: bool) -> dict:
     Returns:
         dict[str, str]: ``outputs``, what they are; ``mean`` and ``std`` by
         which the input is normalised, after the channels were turned around
-        if ``bgr_to_rgb``, ``pad_size_divisor`` of :func:`divisor_of`, the
-        ``classes``, ``config``, ``fused``; ``min_height_of_input``, in pixels
-        below which the file drops boxes, and ``resize``, the arguments of
-        Resize in the test pipeline, where there are such; but for words as
-        JSON.
+        if ``bgr_to_rgb``; ``pad_size_divisor`` of :func:`divisor_of` and
+        ``pad_value``, with which the normalised input is padded; the
+        ``classes``, ``config``, ``fused``. Where there are such: ``pad_size``,
+        height and width to which smaller inputs are padded;
+        ``min_size_of_input`` and ``min_height_of_input``, in pixels, as the
+        file drops boxes; ``threshold`` of a segmentor with one logit;
+        ``resize``, the arguments of Resize in the test pipeline. But for
+        words as JSON.
     """
     owner = preprocessing(cfg)
     classes = (meta.get('dataset_meta') or {}).get('classes') or ()
     facts = dict(
         mean=list(owner.get('mean') or (0, 0, 0)),
         std=list(owner.get('std') or (1, 1, 1)),
-        bgr_to_rgb=bool(owner.get('bgr_to_rgb')),
+        # Both mean that channels are turned around.
+        bgr_to_rgb=bool(owner.get('bgr_to_rgb') or owner.get('rgb_to_bgr')),
         pad_size_divisor=divisor_of(cfg),
+        pad_value=owner.get('pad_value', owner.get('pad_val', 0)),
         classes=list(classes),
         fused=fused,
     )
-    if module.nms and module.nms['min_height'] >= 0:
-        facts['min_height_of_input'] = module.nms['min_height']
+    size = (owner.get('test_cfg') or {}).get('size')
+    if size:
+        facts['pad_size'] = list(size)
+    if module.nms:
+        for key in ('min_size', 'min_height'):
+            # Of no size at all they are at any scale.
+            if module.nms[key] > 0:
+                facts[f'{key}_of_input'] = module.nms[key]
+    if getattr(module, 'threshold', None) is not None:
+        facts['threshold'] = module.threshold
     steps = [
         step
         for dataset in leaf_datasets(cfg.get('test_dataloader') or {})
@@ -486,7 +512,8 @@ def _detections(outputs: list[np.ndarray]) -> list[np.ndarray]:
     """Those of each picture, in rows as :meth:`Candidates.detect` gives."""
     dets, labels, *points = outputs
     columns = [dets, labels[..., None]]
-    columns += [each.reshape(*labels.shape, -1) for each in points]
+    # Not -1, which is no number where nothing was found.
+    columns += [each.reshape(*labels.shape, 10) for each in points]
     rows = np.concatenate(columns, 2)
     return [each[label >= 0] for each, label in zip(rows, labels)]
 

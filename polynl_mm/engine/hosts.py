@@ -100,7 +100,8 @@ def host_of(cfg: Config, option: str | None = None) -> Host:
 def plain_loader(cfg: Config) -> None:
     """Name the loader of the test pipeline as the inferencers know it.
 
-    They put their own in its place, but only in that of mmcv's.
+    They put their own in its place, but only in that of mmcv's, and give it
+    the same arguments: those of ours alone are left out.
     """
     from mmcv.transforms import TRANSFORMS, LoadImageFromFile
 
@@ -108,6 +109,9 @@ def plain_loader(cfg: Config) -> None:
         kind = TRANSFORMS.get(transform.type)
         if kind is not None and issubclass(kind, LoadImageFromFile):
             transform.type = 'LoadImageFromFile'
+            plain = signature(LoadImageFromFile).parameters
+            for key in transform.keys() - {'type', *plain}:
+                del transform[key]
 
 
 def _check_pickle(out: str, saved: str) -> None:

@@ -17,6 +17,14 @@ import numpy as np
 import onnxruntime
 
 OUTPUTS = ['dets', 'labels', 'keypoints']
+# By the names that a Resize has for them.
+HOW = dict(
+    nearest=cv2.INTER_NEAREST,
+    bilinear=cv2.INTER_LINEAR,
+    bicubic=cv2.INTER_CUBIC,
+    area=cv2.INTER_AREA,
+    lanczos=cv2.INTER_LANCZOS4,
+)
 
 
 def load(file: str) -> tuple[onnxruntime.InferenceSession, dict]:
@@ -52,6 +60,7 @@ def load(file: str) -> tuple[onnxruntime.InferenceSession, dict]:
         )
     keys = ('mean', 'std', 'bgr_to_rgb', 'pad_size_divisor', 'classes')
     found = {key: json.loads(facts[key]) for key in keys}
+    found['pad_value'] = json.loads(facts.get('pad_value', '0'))
     return session, found | {'resize': json.loads(facts.get('resize', '{}'))}
 
 
@@ -62,6 +71,7 @@ def new_size(
     scale_factor=1.0,
     keep_ratio: bool = False,
     max_side: int | None = None,
+    interpolation: str = 'bilinear',
 ) -> tuple[int, int]:
     """Width and height after the Resize of a test pipeline, as there."""
     if scale is None:
@@ -93,13 +103,17 @@ def prepare(picture: np.ndarray, facts: dict) -> np.ndarray:
     height, width = picture.shape[:2]
     size = new_size(width, height, **facts['resize'])
     if size != (width, height):
-        picture = cv2.resize(picture, size)
+        how = facts['resize'].get('interpolation', 'bilinear')
+        picture = cv2.resize(picture, size, interpolation=HOW[how])
     if facts['bgr_to_rgb']:
         picture = picture[..., ::-1]
     x = (picture - np.float32(facts['mean'])) / np.float32(facts['std'])
     divisor = facts['pad_size_divisor']
     bottom, right = (-side % divisor for side in picture.shape[:2])
-    x = np.pad(x, ((0, bottom), (0, right), (0, 0)))
+    x = np.pad(
+        *(x, ((0, bottom), (0, right), (0, 0))),
+        constant_values=facts['pad_value'],
+    )
     return np.ascontiguousarray(x.transpose(2, 0, 1)[None])
 
 
@@ -154,6 +168,8 @@ def main() -> None:
             f'{args.out}: OpenCV writes no such file; expected is an ending '
             'such as .png'
         )
+    if os.path.exists(args.out) and os.path.samefile(args.out, args.picture):
+        parser.error(f'{args.out} is the picture itself: give another file')
     folder = os.path.dirname(os.path.abspath(args.out))
     if not os.path.isdir(folder):
         parser.error(f'{args.out}: there is no folder {folder}')

@@ -126,10 +126,15 @@ def main() -> None:
     )
     parser.add_argument('--turns', type=int, default=30)
     args = parser.parse_args()
-    gt = load_wider_face_gt(str(args.data / 'ground_truth'))
     files = sorted(args.data.glob('WIDER_train/images/*/*.jpg'))
+    if not files:
+        parser.error(f'--data {args.data}: no WIDER_train/images/*/*.jpg')
+    try:
+        gt = load_wider_face_gt(str(args.data / 'ground_truth'))
+        facts = load(args.model)[1]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     picture = cv2.imread(str(files[0]))
-    facts = load(args.model)[1]
     rows, calls = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         whole = f'{folder}/whole.onnx'

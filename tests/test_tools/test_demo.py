@@ -16,6 +16,7 @@ from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmseg.apis import MMSegInferencer  # noqa: E402
 
 from polynl_mm.engine import cli  # noqa: E402
+from polynl_mm.engine.hosts import plain_loader  # noqa: E402
 from polynl_mm.faces.visualizer import FaceVisualizer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -128,3 +129,16 @@ def test_a_folder_of_which_some_are_no_pictures(
             cli.run(runpy.run_path(str(ROOT / 'tools/demo.py'))['main'])
         assert caught.value.code == 2
         assert f'error: {line}' in capfd.readouterr().err
+
+
+def test_the_loader_of_the_inferencers():
+    """Given what theirs takes; the limit is that of --max-pixels."""
+    ours = dict(type='polynl_mm.LoadImageFromFile', max_pixels=9)
+    other = dict(type='Resize', max_pixels=9)
+    steps = [dict(ours, to_float32=True), other]
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=steps))))
+    plain_loader(cfg)
+    assert cfg.test_dataloader.dataset.pipeline == [
+        dict(type='LoadImageFromFile', to_float32=True),
+        other,
+    ]

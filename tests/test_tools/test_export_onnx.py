@@ -241,6 +241,16 @@ def test_other_detectors(tmp_path, text):
     assert_equal(module, program, *pictures((1, 80, 112), (3, 96, 64)))
 
 
+def test_nothing_is_found(tmp_path):
+    """Neither in the trial pictures nor in others: that is no difference."""
+    cfg = config(tmp_path, FACES)
+    cfg.model.test_cfg.score_thr = 2
+    module = trained(cfg)
+    program = export.export(module, 16, 'older')
+    (found,) = export.verify(module, program, pictures((2, 80, 112)))
+    assert (found.values, found.difference) == (0, 0)
+
+
 def test_detections_are_compared_before_there_is_a_file(tmp_path):
     module = trained(config(tmp_path, FACES))
     module.nms['iou_threshold'] = 0.8
@@ -254,6 +264,19 @@ def test_maps_of_classes(tmp_path):
     found = assert_equal(module, program, *pictures((1, 72, 90), (3, 64, 50)))
     # Of the size of the input, three classes.
     assert [each.values for each in found] == [3 * 72 * 90, 9 * 64 * 50]
+
+
+def test_one_logit(tmp_path):
+    cfg = config(tmp_path, SEGMENTS)
+    cfg.model.decode_head.update(num_classes=2, out_channels=1, threshold=0.7)
+    cfg.model.decode_head.loss_decode.use_sigmoid = True
+    module = trained(cfg)
+    assert module.what.endswith('class 1 is where its sigmoid is above 0.7')
+    assert export.describe(cfg, module, {}, False)['threshold'] == '0.7'
+    (found,) = export.verify(
+        module, export.export(module, 16, 'older'), pictures((1, 32, 48))
+    )
+    assert found.values == 32 * 48
 
 
 def test_classifier(tmp_path):
@@ -512,6 +535,7 @@ def test_the_tool_and_the_example(here, monkeypatch, capfd):
         ),
         ('boxes.onnx', 'nodir/a.png', 'nodir/a.png: there is no folder '),
         ('boxes.onnx', 'a', 'a: OpenCV writes no such file; expected is an '),
+        ('boxes.onnx', './some.png', './some.png is the picture itself'),
     ],
 )
 def test_the_example_refuses(here, monkeypatch, capfd, model, out, line):
@@ -553,6 +577,38 @@ def test_what_is_not_done_is_not_told(here, monkeypatch):
         size_divisor=7, test_cfg=dict(size_divisor=24)
     )
     assert export.divisor_of(cfg) == 24 and export.trial_divisor(cfg) == 24
+
+
+def test_what_the_caller_must_know(tmp_path):
+    cfg = config(tmp_path, FACES + RESIZE)
+    cfg.model.data_preprocessor.update(
+        bgr_to_rgb=False,
+        rgb_to_bgr=True,
+        pad_value=3,
+        test_cfg=dict(size=(64, 96)),
+    )
+    (resize,) = cfg.test_dataloader.dataset.dataset.pipeline[1:]
+    resize.interpolation = 'area'
+    module = trained(config(tmp_path, FACES))
+    module.nms['min_size'] = 5
+    facts = export.describe(cfg, module, {}, False)
+    assert facts['bgr_to_rgb'] == 'true' and facts['pad_value'] == '3'
+    assert facts['pad_size'] == '[64, 96]'
+    assert facts['min_size_of_input'] == '5'
+    assert json.loads(facts['resize'])['interpolation'] == 'area'
+    # And what follows from it in the example.
+    example = runpy.run_path(str(ROOT / 'projects/deployment/detect.py'))
+    given = {k: json.loads(facts[k]) for k in (
+        'mean', 'std', 'bgr_to_rgb', 'pad_value', 'pad_size_divisor', 'resize'
+    )}  # fmt: skip
+    picture = np.random.default_rng(0).integers(0, 255, (99, 60, 3), np.uint8)
+    x = example['prepare'](picture, given)
+    resized = cv2.resize(picture, (58, 96), interpolation=cv2.INTER_AREA)
+    want = (resized[..., ::-1] - [120.0, 110, 100]) / [60.0, 50, 55]
+    assert x.shape == (1, 3, 96, 64) and (x[..., 58:] == 3).all()
+    np.testing.assert_allclose(
+        x[0, :, :, :58].transpose(1, 2, 0), want, rtol=1e-5, atol=1e-5
+    )
 
 
 # ------------------------------------------------------ what is not exported
@@ -669,6 +725,18 @@ def not_plain(nms):
                 dict(type='nms', iou_threshold=0.4, class_agnostic=True)
             ),
         ),
+        (
+            ['--cfg-options', 'model.test_cfg.nms.max_num=5'],
+            not_plain(dict(type='nms', iou_threshold=0.4, max_num=5)),
+        ),
+        (
+            [
+                *('--cfg-options', 'model.type=polynl_mm.Tiled'),
+                *('model.detector=SingleStageDetector', 'model.tile=64'),
+                'model.overlap=32',
+            ],
+            "config faces.py: model.type='polynl_mm.Tiled' is not exported",
+        ),
         (['--verify', 'some.jpg'], 'some.jpg: not a readable picture'),
         (
             ['--cfg-options', 'model.bbox_head.in_channels=13'],
@@ -679,7 +747,7 @@ def not_plain(nms):
             '--opset 17: the older exporter gives 18 instead; try --exporter ',
         ),
     ],
-    ids=['soft', 'agnostic', 'picture', 'checkpoint', 'opset'],
+    ids='soft agnostic number tiles picture checkpoint opset'.split(),
 )
 def test_what_is_refused(here, monkeypatch, capfd, options, line):
     (here / 'some.jpg').write_bytes(b'none')
