@@ -98,3 +98,19 @@ def test_configs_of_a_fork_are_found(installed, monkeypatch):
     base = CONFIGS / 'mini' / 'polynl_r18-d4_mini-cityscapes.py'
     if installed != FORKS:
         assert Config.fromfile(base).train_dataloader.dataset.type
+
+
+@pytest.mark.parametrize('suffix', ['', '.py'])
+def test_tools_take_a_name(suffix, tmp_path, monkeypatch, capsys):
+    """Unless there is a file of that name."""
+    pytest.importorskip('mmcv')
+    from polynl_mm.engine.start import read_config
+
+    monkeypatch.chdir(tmp_path)
+    name = f'resnet18-polynl_mini-digits{suffix}'
+    path = f'{CONFIGS}/mini/resnet18-polynl_mini-digits.py'
+    assert read_config(name, dict(a=1)).filename == path
+    assert f'config {name}: {path}' in capsys.readouterr().err
+    (tmp_path / name).write_text('mine = 2')
+    if suffix:
+        assert read_config(name).mine == 2

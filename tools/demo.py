@@ -30,7 +30,9 @@ def parse_args():
     """Parse the command line."""
     parser = cli.Parser(description=__doc__)
     parser.add_argument('images', help='an image, or a folder of images')
-    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        'config', help='config file, or the name of one of polynl_mm'
+    )
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--out',

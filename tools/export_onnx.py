@@ -25,7 +25,9 @@ NEEDED = ('onnx', 'onnxruntime', 'onnxscript')
 def parse_args():
     """Parse the command line."""
     parser = cli.Parser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        'config', help='config file, or the name of one of polynl_mm'
+    )
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('out', help='the file to write, such as model.onnx')
     parser.add_argument(

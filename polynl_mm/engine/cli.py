@@ -240,7 +240,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_job(self) -> None:
         """Take what training and test tools have in common, by mm custom."""
-        self.add_argument('config', help='config file')
+        self.add_argument(
+            'config', help='config file, or the name of one of polynl_mm'
+        )
         self.add_argument(
             '--work-dir',
             help='where logs and results go; if not given, work_dir of the '

@@ -47,7 +47,9 @@ def check_heads(cfg: Config, datasets: Iterable[dict]) -> None:
         if number < most:
             raise StartError(
                 f'config {cfg.filename}: {key}.num_classes={number}, expected '
-                f'at least the {most} classes of {owner} in train_dataloader'
+                f'at least the {most} classes of {owner} in train_dataloader '
+                '(of others, metainfo=dict(classes=(...)) of the data set '
+                'tells them)'
             )
 
 

@@ -20,17 +20,21 @@ from mmengine.runner import Runner
 from torch.distributed import constants
 
 from polynl_mm import stack
-from polynl_mm.shipped import know_forks
+from polynl_mm.shipped import config_path, know_forks
 
 from . import safe_load
 from .checks import check_loader, check_output, check_plugins, our_errors
-from .cli import LAUNCHERS, StartError
+from .cli import LAUNCHERS, StartError, say
 from .hosts import HOSTS
 from .runner import CollectHook, Evaluating, GlooRunner
 
 
 def read_config(path: str, options: dict | None = None) -> Config:
     """Read a config and override settings in it.
+
+    Args:
+        path: A file, or the name of a config of this package.
+        options: Settings, by their keys.
 
     Raises:
         StartError: The file or a base of it is missing or no Python, an
@@ -39,7 +43,7 @@ def read_config(path: str, options: dict | None = None) -> Config:
             ``model.test_cfg`` is wrong, or what is given plugins takes none.
     """
     if not os.path.isfile(path):
-        raise StartError(f'config {path} does not exist')
+        path = _shipped(path)
     know_forks()
     try:
         cfg = Config.fromfile(path)
@@ -78,6 +82,24 @@ def read_config(path: str, options: dict | None = None) -> Config:
     return cfg
 
 
+def _shipped(name: str) -> str:
+    """Give the path of a config of this package that has this very name."""
+    if os.path.dirname(name):
+        raise StartError(f'config {name} does not exist')
+    try:
+        path = config_path(name)
+    except ValueError:
+        path = ''
+    # Not one that only begins so.
+    if os.path.basename(path) != f'{name.removesuffix(".py")}.py':
+        raise StartError(
+            f'config {name} does not exist, and polynl_mm has none of that '
+            'name'
+        )
+    say(f'config {name}: {path}')
+    return path
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config of a job, see :class:`~polynl_mm.engine.cli.Parser`.
 
@@ -86,7 +108,7 @@ def load_config(args: argparse.Namespace) -> Config:
             file.
     """
     cfg = read_config(args.config, args.cfg_options)
-    name = os.path.splitext(os.path.basename(args.config))[0]
+    name = os.path.splitext(os.path.basename(cfg.filename))[0]
     cfg.work_dir = (
         args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', name)
     )

@@ -163,7 +163,10 @@ def test_blanks_in_a_path_are_kept(refuse):
 @pytest.mark.parametrize('tool', ['train', 'test'])
 def test_config_missing(refuse, tool):
     line = refuse(tool, 'nope.py', *['some.pth'] * (tool == 'test'))
-    assert line == 'config nope.py does not exist'
+    none = ' does not exist, and polynl_mm has none of that name'
+    assert line == f'config nope.py{none}'
+    assert refuse('train', 'polynl_r18-d4') == f'config polynl_r18-d4{none}'
+    assert refuse('train', 'no/a.py') == 'config no/a.py does not exist'
 
 
 def test_base_missing(here, refuse):
@@ -661,7 +664,8 @@ def test_a_head_with_fewer_classes_than_the_data(here, config, head, owner):
         checks.check_data(cfg, 'train')
     assert str(caught.value) == (
         f'config {cfg.filename}: model.{head}.num_classes=1, expected at '
-        f'least the 2 classes of {owner} in train_dataloader'
+        f'least the 2 classes of {owner} in train_dataloader (of others, '
+        'metainfo=dict(classes=(...)) of the data set tells them)'
     )
     checks.check_data(cfg, 'val')
 

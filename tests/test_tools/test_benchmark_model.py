@@ -320,7 +320,8 @@ def test_a_classifier(quiet_and_quick):
 def test_refuses(refuse, here):
     shape = ('--shape', 16, 16)
     assert refuse('none.py', *shape) == (
-        'benchmark_model.py: error: config none.py does not exist'
+        'benchmark_model.py: error: config none.py does not exist, and '
+        'polynl_mm has none of that name'
     )
     (here / 'cls.py').write_text(
         "default_scope = 'mmengine'\nmodel = dict(type='ToyModel')"
