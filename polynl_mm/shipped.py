@@ -29,7 +29,7 @@ def config_path(name: str | os.PathLike) -> str:
     Args:
         name: That of the file, with or without ``.py``, and with or
             without folders (``'_base_/polynl'``), or how it begins where no
-            other begins so (``'mask-rcnn_r50-polynl-res4'``).
+            other begins so (``'mask-rcnn_r50-polynl-res4'``), or its path.
 
     Returns:
         str: An absolute path.
@@ -44,6 +44,9 @@ def config_path(name: str | os.PathLike) -> str:
         for path in (_HERE / 'configs', _HERE.parent / 'configs')
         if (path / '_base_' / 'polynl.py').is_file()
     )
+    path = Path(name).resolve()
+    if folder in path.parents and path.is_file():
+        return str(path)
     # Each by its own name and by those with folders before it.
     named: dict[str, set[Path]] = {}
     for path in folder.rglob('*.py'):

@@ -36,6 +36,7 @@ def test_by_name(name, path):
 def test_every_config_has_a_name_of_its_own():
     for path in CONFIGS.rglob('*.py'):
         assert config_path(path.stem) == str(path)
+        assert config_path(path) == str(path)
 
 
 @pytest.mark.parametrize(
