@@ -6,8 +6,9 @@ of the layers alpha, beta, the branch's share of the output, and the spread of
 the gate (polynl_mm.PolyNLHook).
 
 A validation is drawn at its iteration. Of a training by epochs the log must
-have lines of two epochs in a row for that; else it is drawn at the iteration
-that was logged last before it.
+have lines of two epochs in a row for that, or fit the length that an epoch had
+in the run before; else it is drawn at the iteration that was logged last
+before it.
 """
 
 import json
@@ -115,27 +116,54 @@ def is_validation(line):
     return not layers and not {'iter', 'lr'} & {*line}
 
 
-def epoch_length(logs):
-    """Tell how many iterations an epoch has; None if that is not known.
+def first_lines(log):
+    """Give epoch -> iteration of its first line."""
+    first = {}
+    for line in log:
+        if 'epoch' in line and not is_validation(line):
+            first.setdefault(line['epoch'], line['step'])
+    return first
+
+
+def epoch_length(log):
+    """Tell how many iterations an epoch of a run has; None if not known.
 
     Within each epoch the first line is of the same iteration, but for one
     that a run was resumed in.
 
     Args:
-        logs: The lines of the runs.
+        log: The lines of the run.
     """
-    for log in logs:
-        first = {}
-        for line in log:
-            if 'epoch' in line and not is_validation(line):
-                first.setdefault(line['epoch'], line['step'])
-        for epoch in sorted(first, reverse=True):
-            if epoch - 1 in first:
-                return first[epoch] - first[epoch - 1]
+    first = first_lines(log)
+    for epoch in sorted(first, reverse=True):
+        if epoch - 1 in first:
+            return first[epoch] - first[epoch - 1]
     return None
 
 
-def places(log, by_epoch, length):
+def begin_of(log, begun, length):
+    """Tell where a run began.
+
+    Args:
+        log: The lines of the run.
+        begun: What this has given of the runs before it.
+        length: Of an epoch of this run; None if that is not known.
+
+    Returns:
+        tuple: How many epochs and iterations were done, and the length. The
+        iterations are None where they are not known.
+    """
+    # Without lines of training the first is a validation's.
+    epochs = [*first_lines(log)] or [line['step'] for line in log]
+    done = min(epochs, default=1) - 1
+    before = [run for run in begun if run[0] <= done]
+    epoch, begin, each = before[-1] if before else (0, 0, length)
+    if begin is None or each is None and epoch != done:
+        return done, None, length
+    return done, begin + (done - epoch) * (each or 0), length
+
+
+def places(log, by_epoch, run):
     """Give the iteration of each line of a run, None where it is not known.
 
     The step of a validation is an iteration or, where the training counts
@@ -144,23 +172,36 @@ def places(log, by_epoch, length):
     Args:
         log: The lines.
         by_epoch: Whether the training counts epochs.
-        length: See :func:`epoch_length`.
+        run: See :func:`begin_of`.
     """
+    done, begin, length = run
+    shown = [line['step'] for line in log if not is_validation(line)]
+    # Nothing is without a line for longer.
+    steps = shown if begin is None else [begin, *shown]
+    gap = max((b - a for a, b in zip(steps, steps[1:])), default=math.inf)
     # That of the line of training before, at the beginning of the one after.
     epoch = next(
         (line['epoch'] for line in log if 'epoch' in line),
         math.inf if by_epoch else None,
     )
+    now, later = begin or 0, [*shown, math.inf]
     for line in log:
         step = line['step']
         if not is_validation(line):
             epoch = line.get('epoch', epoch)
+            now = later.pop(0)
             yield step
-        elif epoch is not None and step <= epoch:
-            yield length and length * step
-        else:
+        elif epoch is None or step > epoch:
             # Without epochs a host may write 0.
             yield step or None
+        elif begin is None or length is None:
+            yield None
+        else:
+            end = begin + (step - done) * length
+            # Else the length is not that of this run, or it began within an
+            # epoch.
+            fits = now <= end < min(later[0], now + gap)
+            yield end if fits else None
 
 
 def curves(work_dir):
@@ -173,9 +214,12 @@ def curves(work_dir):
     found, metrics = {}, set()
     logs = [lines(file) for file in runs(work_dir)]
     by_epoch = any('epoch' in line for log in logs for line in log)
-    length = epoch_length(logs)
+    begun, length = [], None
     for log in logs:
-        steps = [*places(log, by_epoch, length)]
+        # Another batch size, or number of processes, makes another length.
+        length = epoch_length(log) or length
+        begun.append(begin_of(log, begun, length))
+        steps = [*places(log, by_epoch, begun[-1])]
         # What a killed run had done beyond the checkpoint that this one went
         # on from was done again; not what a validation comes after.
         begin = min(
@@ -190,7 +234,7 @@ def curves(work_dir):
         )
         for line, step in zip(log, steps):
             # Where it is not known, at the iteration that was logged last.
-            now = max(now, step or 0)
+            now = step or now
             add(found, line, now)
             if is_validation(line):
                 metrics |= {key for key in line if is_curve(key, line)}

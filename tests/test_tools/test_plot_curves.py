@@ -15,12 +15,13 @@ from polynl_mm.engine import cli  # noqa: E402
 TOOL = Path(__file__).parents[2] / 'tools/plot_curves.py'
 
 
-def log(work_dir, name, lines, resume=False):
-    folder = work_dir / name / 'vis_data'
+def log(place, name, lines, resume=False, **cfg):
+    folder = place / name / 'vis_data'
     folder.mkdir(parents=True)
     text = '\n'.join(map(json.dumps, lines))
     (folder / 'scalars.json').write_text(text + '\n')
-    (folder / 'config.py').write_text(f'a = 1\nresume = {resume}\n')
+    text = [f'{k} = {v!r}\n' for k, v in dict(cfg, resume=resume).items()]
+    (folder / 'config.py').write_text(''.join(text))
 
 
 def trained(step, loss, length=10, **layers):
@@ -130,6 +131,41 @@ def test_validations_are_drawn_where_they_were(tmp_path, tool):
     log(tmp_path / 'c', '20260102_000000', [dict(mAP=0.1, step=1)], True)
     found, _ = tool['curves'](tmp_path / 'c')
     assert found['mAP'] == {50: 0.1} and found['loss'] == {50: 1.0}
+
+
+def epochs(first, last, begin, length, interval=1):
+    """The lines of whole epochs, each with a validation behind."""
+    lines = []
+    for epoch in range(first, last + 1):
+        for inner in range(interval, length + 1, interval):
+            line = dict(lr=0.1, loss=1.0, epoch=epoch, step=begin + inner)
+            lines.append(dict(line, iter=line['step']))
+        begin += length
+        lines.append(dict(mAP=0.1 * epoch, step=epoch))
+    return lines
+
+
+@pytest.mark.parametrize('interval', (1, 3))
+def test_an_epoch_may_have_another_length_in_each_run(
+    tmp_path, tool, interval
+):
+    """As with another batch size, or number of processes."""
+    runs = (
+        epochs(1, 2, 0, 8, interval),
+        epochs(3, 4, 16, 4, interval),
+        # One epoch does not tell its length: this one's is not that before.
+        epochs(5, 5, 24, 9, interval),
+        # Killed in the epoch after: it begins where that one had ended.
+        epochs(6, 6, 33, 9, interval)[:2],
+        epochs(6, 7, 33, 2 * interval, interval),
+    )
+    for number, lines in enumerate(runs):
+        log(tmp_path, f'2026010{number}_000000', lines, number > 0)
+    found, _ = tool['curves'](tmp_path)
+    steps = [s['step'] for run in runs for s in run if 'loss' in s]
+    assert [*found['loss']] == sorted({*steps})
+    ends = [8, 16, 20, 24, 33, 33 + 2 * interval, 33 + 4 * interval]
+    assert [*found['mAP']] == ends
 
 
 def test_a_line_that_is_cut_off_is_passed_over(tmp_path, plot):
