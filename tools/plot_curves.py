@@ -5,6 +5,10 @@ resumed from. In one panel each: the loss, the metrics of the validation, and
 of the layers alpha, beta, the branch's share of the output, and the spread of
 the gate (polynl_mm.PolyNLHook).
 
+A run is taken for a resumed one if its checkpoint was in the work directory,
+or in the folder that the CheckpointHook's out_dir gives it; runs before one
+that was resumed from elsewhere are left out, and a line says so.
+
 A validation is drawn at its iteration. Of a training by epochs the log must
 have lines of two epochs in a row for that, or fit the length that an epoch had
 in the run before; else it is drawn at the iteration that was logged last
@@ -14,7 +18,6 @@ before it.
 import json
 import math
 import os
-import re
 import sys
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -34,6 +37,7 @@ import matplotlib
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from matplotlib.backend_bases import FigureCanvasBase
+from mmengine.config import Config
 
 from polynl_mm.engine import checks, cli
 from polynl_mm.engine.cli import StartError
@@ -81,13 +85,47 @@ def runs(work_dir):
     found = []
     for file in reversed(files):
         found.insert(0, file)
-        config = file.parent / 'config.py'
         # As mmengine has written it for this run.
-        if not config.is_file() or not re.search(
-            r'^resume = True$', config.read_text(), re.M
-        ):
+        config = file.parent / 'config.py'
+        if not config.is_file():
+            break
+        cfg = read(config)
+        if not cfg.get('resume'):
+            break
+        # None is the newest one of the work directory.
+        source = cfg.get('load_from')
+        if source and not is_own(source, work_dir, cfg):
+            if len(found) < len(files):
+                cli.say(
+                    f'{file.parent.parent} was resumed from {source}, which '
+                    f'is not of {work_dir}: the runs before it are left out'
+                )
             break
     return found
+
+
+def read(config):
+    """Read the config of a run."""
+    try:
+        return Config.fromfile(config, import_custom_modules=False)
+    except Exception as error:  # it is Python, and raises all kinds
+        raise StartError(
+            f'{config} can not be read: {error}; without that file the run '
+            'counts as one that was not resumed'
+        ) from error
+
+
+def is_own(checkpoint, work_dir, cfg):
+    """Whether a checkpoint lies where the runs of a work directory save."""
+    # Relative paths, and a work directory that was moved since: as it was
+    # called then, too.
+    folders = {str(work_dir), cfg.get('work_dir') or str(work_dir)}
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if hook.get('out_dir'):
+        names = [os.path.basename(os.path.normpath(each)) for each in folders]
+        folders |= {os.path.join(hook['out_dir'], name) for name in names}
+    path = os.path.realpath(os.path.expanduser(checkpoint))
+    return os.path.dirname(path) in map(os.path.realpath, folders)
 
 
 def lines(file):

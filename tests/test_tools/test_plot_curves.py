@@ -45,6 +45,7 @@ def plot(tmp_path, monkeypatch, capfd):
     def plot(*args, told=''):
         monkeypatch.setattr(sys, 'argv', [TOOL.name, *map(str, args)])
         module = runpy.run_path(str(TOOL))
+        plot.curves = module['curves']
         capfd.readouterr()
         try:
             cli.run(module['main'])
@@ -166,6 +167,34 @@ def test_an_epoch_may_have_another_length_in_each_run(
     assert [*found['loss']] == sorted({*steps})
     ends = [8, 16, 20, 24, 33, 33 + 2 * interval, 33 + 4 * interval]
     assert [*found['mAP']] == ends
+
+
+def test_a_run_that_was_resumed_from_elsewhere(tmp_path, plot):
+    """What was trained in its work directory before is not of it."""
+    kept = dict(checkpoint=dict(out_dir='kept'))
+    for name, cfg, joined in (
+        ('own', dict(load_from=f'{tmp_path}/b/../own/e.pth'), True),
+        ('moved', dict(load_from='old/e.pth', work_dir='old'), True),
+        ('newest', dict(load_from=None), True),
+        ('below', dict(load_from=f'{tmp_path}/below/b/e.pth'), False),
+        ('other', dict(load_from=f'{tmp_path}/b/e.pth'), False),
+        ('out', dict(load_from='kept/out/e.pth', default_hooks=kept), True),
+        ('no_out', dict(load_from='kept/no_out/e.pth'), False),
+    ):
+        folder = tmp_path / name
+        log(folder, '20260101_000000', trained(5, 9.0))
+        log(folder, '20260102_000000', trained(20, 1.0), resume=True, **cfg)
+        log(folder, '20260103_000000', trained(30, 1.0), resume=True)
+        told = '' if joined else (
+            f'{name}/20260102_000000 was resumed from {cfg["load_from"]}, '
+            f'which is not of {name}: the runs before it are left out'
+        )  # fmt: skip
+        plot(name, '--out', 'c.png', told=told)
+        found, _ = plot.curves(folder)
+        assert [*found['loss']] == [5, 20, 30][not joined :], name
+    (folder / '20260103_000000/vis_data/config.py').write_text('a = [')
+    line = plot(name, '--out', 'c.png')
+    assert '20260103_000000/vis_data/config.py can not be read: ' in line
 
 
 def test_a_line_that_is_cut_off_is_passed_over(tmp_path, plot):
