@@ -35,7 +35,8 @@ def parse_args():
     parser.add_argument(
         'out',
         metavar='OUT',
-        help='where to put it; the digits go before .pth',
+        help='where to put it; the digits go before .pth. In a folder, which '
+        'is there or is written with a / at its end, the name is that of IN',
     )
     return parser.parse_args()
 
@@ -105,7 +106,10 @@ def main():
     )
     content = buffer.getvalue()
     digits = hashlib.sha256(content).hexdigest()[:8]
-    out = f'{args.out.removesuffix(".pth")}-{digits}.pth'
+    folder, name = os.path.split(args.out)
+    if not name or os.path.isdir(args.out):
+        folder, name = args.out, os.path.basename(args.checkpoint)
+    out = os.path.join(folder, f'{name.removesuffix(".pth")}-{digits}.pth')
     checks.check_output('OUT', out)
     checkpoints.WholeFiles().put(content, out)
     gone = ', '.join(sorted(set(found) - {'meta', 'state_dict'})) or 'nothing'

@@ -100,6 +100,19 @@ def test_weights_and_plain_meta(tmp_path, publish):
     assert [*(tmp_path / 'out').iterdir()] == [path]
 
 
+@pytest.mark.parametrize('out', ('there', 'there/', 'made/a/', '.', './'))
+def test_in_a_folder_it_is_called_as_it_was(tmp_path, publish, out):
+    Path('in').mkdir()
+    torch.save(trained(), 'in/epoch_3.pth')
+    Path('there').mkdir()
+    before = {*tmp_path.rglob('*.pth')}
+    code, said, _ = publish('in/epoch_3.pth', out)
+    (path,) = {*tmp_path.rglob('*.pth')} - before
+    assert code == 0 and path.parent == (tmp_path / out).resolve()
+    assert re.fullmatch(r'epoch_3-[0-9a-f]{8}\.pth', path.name)
+    assert Path(said.partition(':')[0]).resolve() == path
+
+
 @pytest.mark.parametrize(
     'content, said',
     (
