@@ -8,6 +8,7 @@ to for comparison, and the colours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from mmcv import imfrombytes
 from mmcv.cnn.bricks.non_local import _NonLocalNd
-from mmcv.transforms import Pad
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.dist import is_main_process
@@ -38,6 +38,21 @@ __all__ = ['InfluenceHook', 'Picture', 'View', 'draw', 'views']
 # RGB: adds, takes away.
 RED, BLUE = (214, 24, 31), (5, 84, 200)
 
+# Steps of pipelines, by the names that they have in these packages: those that
+# resize, and those that change colours. All else might move pixels.
+PACKAGES = ('mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'polynl_mm')
+RESIZES = (
+    *('Resize', 'FixScaleResize', 'FixShapeResize', 'ResizeShortestEdge'),
+    *('ResizeToMultiple', 'RandomResize', 'RandomChoiceResize', 'ResizeEdge'),
+)
+COLOURS = (
+    *('Normalize', 'Rerange', 'RandomGrayscale', 'RGB2Gray', 'CLAHE'),
+    *('AdjustGamma', 'PhotoMetricDistortion', 'YOLOXHSVRandomAug'),
+    *('ColorTransform', 'Color', 'Brightness', 'Contrast', 'Sharpness'),
+    *('Solarize', 'SolarizeAdd', 'Posterize', 'Equalize', 'AutoContrast'),
+    'Invert',
+)
+
 
 class Picture:
     """A picture file, as the test pipeline of a config prepares it.
@@ -53,8 +68,9 @@ class Picture:
 
     Raises:
         OSError: The file can not be read.
-        ValueError: It is no picture, or the pipeline does more to it than to
-            resize and pad, so that it is not known where a pixel went.
+        ValueError: It is no picture, the pipeline can not be run, or it does
+            more than to resize, to pad and to change colours, so that it is
+            not known where a pixel went.
     """
 
     def __init__(self, cfg: Config, path: str) -> None:
@@ -64,46 +80,61 @@ class Picture:
             raise ValueError('the config has no test_dataloader')
         steps = [
             step
-            for step in next(leaf_datasets(loader)).pipeline
-            if 'Annotations' not in str(step['type'])
+            for step in next(leaf_datasets(loader)).get('pipeline') or ()
+            if 'Annotation' not in str(step.get('type'))
         ]
+        if len(steps) < 2:
+            raise ValueError(
+                f'{_PIPELINE} has {len(steps)} steps, expected one that loads '
+                'a picture, and one that packs it'
+            )
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            *steps, pack = Compose(steps).transforms
+            try:
+                *steps, pack = Compose(steps).transforms
+            except Exception as error:  # as of steps below
+                raise ValueError(
+                    f'{_PIPELINE} can not be built: {error!r}'
+                ) from error
         # The hosts' loaders have errors that name no file, or none.
         decode_picture(Path(path).read_bytes(), path, imfrombytes)
         # What mmdet's samples must have.
         results = dict(img_path=path, img_id=0)
         self.pixels, self.scale = None, (1.0, 1.0)
         for step in steps:
-            before = results.copy()
-            results = step(results)
+            # Steps may write into the picture that they are given.
+            before = deepcopy(results.get('img'))
+            results = _do(step, results, 'img')
             if self.pixels is None:
                 self.pixels = _rgb(results['img'])
-            elif not self._follow(step, before, results):
-                raise ValueError(
-                    f'test_dataloader.dataset.pipeline: {type(step).__name__} '
-                    'does more than to resize a picture or pad it: where its '
-                    'pixels went is not known'
-                )
-        self.data = pseudo_collate([pack(results)])
+            elif not np.array_equal(before, results['img']):
+                self._follow(step, before.shape, results)
+        image = np.atleast_3d(results['img']).transpose(2, 0, 1).copy()
+        packed = _do(pack, results, 'inputs')
+        if not np.array_equal(image, packed['inputs']):
+            raise _not_known(pack)
+        self.data = pseudo_collate([packed])
 
-    def _follow(self, step, before: dict, after: dict) -> bool:
-        """Scale by what a step did; False if that is not known."""
-        size, new_size = (each['img'].shape[:2] for each in (before, after))
-        factor = after.get('scale_factor')
-        if type(step).__name__ == 'ResizeToMultiple':
+    def _follow(self, step, old_shape, results: dict) -> None:
+        """Scale by what a step did; ValueError if that is not known."""
+        # Some have a step of any type to resize by.
+        names = {_name(step), _name(getattr(step, 'resize', step))}
+        # Hosts pad at the right and at the bottom.
+        if names <= {'Pad', *COLOURS}:
+            return
+        if not names <= {*RESIZES}:
+            raise _not_known(step)
+        size, new_size = old_shape[:2], results['img'].shape[:2]
+        factor = results.get('scale_factor')
+        if 'ResizeToMultiple' in names:
             # mmseg's tells no factor.
             factor = [new / old for old, new in zip(size, new_size)][::-1]
-        elif factor is before.get('scale_factor'):
-            # Hosts pad at the right and at the bottom.
-            padded = isinstance(step, Pad) or size == new_size
-            return padded and not after.get('flip')
         self.scale = tuple(a * b for a, b in zip(self.scale, factor))
         # What is larger was padded. Rounded as it may be.
-        return not after.get('flip') and all(
-            old * scale <= new + 1
+        if any(
+            old * scale > new + 1
             for old, scale, new in zip(size, factor[::-1], new_size)
-        )
+        ):
+            raise _not_known(step)
 
     def check(self, points: Sequence[tuple[int, int]]) -> None:
         """Raise ValueError for a point x, y that is not in the picture."""
@@ -132,6 +163,37 @@ class Picture:
         centres = np.arange(self.pixels.shape[axis]) + 0.5
         found = centres * self.scale[1 - axis] * cells / given
         return found.astype(int).clip(max=cells - 1)
+
+
+_PIPELINE = 'test_dataloader.dataset.pipeline'
+
+
+def _do(step, results, key):
+    """Give what a step of the pipeline makes of it, which has a key."""
+    name = type(step).__name__
+    try:
+        results = step(results)
+    except Exception as error:  # steps are anybody's, and raise all kinds
+        raise ValueError(
+            f'{_PIPELINE}: {name} can not be run: {error!r}'
+        ) from error
+    if not results or key not in results:
+        raise ValueError(f'{_PIPELINE}: {name} gives no {key!r}, expected one')
+    return results
+
+
+def _name(step):
+    """That of its type, None if that is none of the packages that we know."""
+    package = type(step).__module__.partition('.')[0]
+    return type(step).__name__ if package in PACKAGES else None
+
+
+def _not_known(step):
+    return ValueError(
+        f'{_PIPELINE}: {type(step).__name__} is not known only to resize a '
+        'picture, to pad it or to change its colours: where its pixels went '
+        'is not known'
+    )
 
 
 @dataclass

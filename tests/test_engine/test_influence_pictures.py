@@ -8,6 +8,7 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmcv')
 
 from mmcv.cnn import NonLocal2d  # noqa: E402
+from mmcv.transforms import Resize  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.dataset import pseudo_collate  # noqa: E402
 from mmengine.model import BaseModel, ImgDataPreprocessor  # noqa: E402
@@ -28,7 +29,8 @@ class PackOnlyInputs:
         pass
 
     def __call__(self, results):
-        return dict(inputs=torch.tensor(results['img']).permute(2, 0, 1))
+        image = np.ascontiguousarray(results['img'])
+        return dict(inputs=torch.tensor(image).permute(2, 0, 1))
 
 
 @TRANSFORMS.register_module(force=True)
@@ -40,6 +42,30 @@ class EnlargeSilently:
 
     def __call__(self, results):
         return dict(results, img=results['img'].repeat(2, 0).repeat(2, 1))
+
+
+@TRANSFORMS.register_module(force=True)
+class MirrorInPlace:
+    """Whose name says nothing, and that writes into what it is given."""
+
+    def __call__(self, results):
+        results['img'][:] = results['img'][:, ::-1].copy()
+        return results
+
+
+@TRANSFORMS.register_module(force=True)
+class TurningResize(Resize):
+    """A resize that does more than its type."""
+
+    def transform(self, results):
+        results = super().transform(results)
+        return dict(results, img=results['img'][::-1])
+
+
+@TRANSFORMS.register_module(force=True)
+class PackMirrored(PackOnlyInputs):
+    def __call__(self, results):
+        return super().__call__(dict(results, img=results['img'][:, ::-1]))
 
 
 class Model(BaseModel):
@@ -56,12 +82,12 @@ class Model(BaseModel):
         return {'loss': y.square().mean()} if mode == 'loss' else y
 
 
-def config(*steps):
+def config(*steps, pack='PackOnlyInputs'):
     steps = [
         dict(type='LoadImageFromFile'),
         *steps,
         dict(type='LoadAnnotations'),
-        dict(type='PackOnlyInputs'),
+        dict(type=pack),
     ]
     loader = dict(dataset=dict(dataset=dict(pipeline=steps)))
     return Config(dict(test_dataloader=loader, default_scope='mmengine'))
@@ -77,6 +103,8 @@ def path(tmp_path):
 
 RESIZE = dict(type='Resize', scale=(60, 26), keep_ratio=True)
 PAD = dict(type='Pad', size=(64, 40))
+COLOURS = dict(type='Normalize', mean=[9.0] * 3, std=[2.0] * 3)
+NO_FLIP = dict(type='RandomFlip', prob=0.0)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +112,7 @@ PAD = dict(type='Pad', size=(64, 40))
     (
         ((), (16, 32), 1),
         ((RESIZE,), (32, 64), 2),
-        ((RESIZE, PAD), (48, 64), 2),
+        ((COLOURS, RESIZE, NO_FLIP, PAD), (48, 64), 2),
         # The second factor is that of the second step alone.
         ((RESIZE, dict(type='Resize', scale_factor=2.0)), (64, 128), 4),
     ),
@@ -119,14 +147,56 @@ def test_what_can_not_be_placed_is_refused(path):
         dict(type='CenterCrop', crop_size=(8, 8)),
         dict(type='RandomFlip', prob=1.0),
         dict(type='EnlargeSilently'),
+        dict(type='MirrorInPlace'),
+        dict(type='TurningResize', scale=(30, 13)),
+        dict(
+            type='RandomChoiceResize',
+            scales=[(30, 13)],
+            resize_type='TurningResize',
+        ),
     ):
-        with pytest.raises(ValueError, match='where its pixels went is not'):
+        line = f'{step["type"]} is .* where its pixels went is not known'
+        with pytest.raises(ValueError, match=line):
             Picture(config(step), path)
+    with pytest.raises(ValueError, match='PackMirrored is not known only'):
+        Picture(config(pack='PackMirrored'), path)
+    for step, line in (
+        (dict(type='Quatsch'), 'pipeline can not be built: KeyError.*Quatsch'),
+        (dict(scale=3), 'pipeline can not be built: '),
+        (dict(type='ToTensor', keys=['a']), 'ToTensor can not be run: Key'),
+    ):
+        with pytest.raises(ValueError, match=line):
+            Picture(config(step), path)
+    with pytest.raises(ValueError, match="Normalize gives no 'inputs'"):
+        cfg = config(COLOURS)
+        del cfg.test_dataloader.dataset.dataset.pipeline[2:]
+        Picture(cfg, path)
     picture = Picture(config(), path)
     with pytest.raises(ValueError, match=r'point 30 0 is not in the picture'):
         views(Model(), picture, [(30, 0)])
     with pytest.raises(ValueError, match='has no Poly-NL layer'):
         views(Model(nn.Identity()), picture, [(0, 0)])
+
+
+@pytest.mark.parametrize('host', ('mmdet', 'mmseg'))
+def test_steps_of_the_hosts(path, host):
+    """What a type does to the places of pixels, whatever it says."""
+    pytest.importorskip(host)
+
+    def picture(*steps):
+        cfg = config(*steps)
+        cfg.default_scope = host
+        return Picture(cfg, path)
+
+    turns = dict(
+        mmdet=dict(type='Rotate', prob=1.0, min_mag=60.0, max_mag=60.0),
+        mmseg=dict(type='RandomRotate', prob=1.0, degree=(60.0, 60.0)),
+    )
+    with pytest.raises(ValueError, match='where its pixels went is not known'):
+        picture(turns[host])
+    steps = (dict(type='PhotoMetricDistortion'), NO_FLIP, RESIZE)
+    shorter = dict(type='ResizeShortestEdge', scale=39, max_size=90)
+    assert picture(*steps, shorter).scale == (3, 3)
 
 
 def test_an_enlargement_without_a_factor_is_no_padding(path):
