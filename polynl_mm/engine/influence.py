@@ -112,6 +112,12 @@ class Picture:
         packed = _do(pack, results, 'inputs')
         if not np.array_equal(image, packed['inputs']):
             raise _not_known(pack)
+        if 'data_samples' in packed:
+            # Detectors ask for these, also where nothing has resized.
+            meta = dict(scale_factor=self.scale, img_shape=image.shape[1:])
+            meta['ori_shape'] = self.pixels.shape[:2]
+            meta.update((k, results[k]) for k in meta if k in results)
+            packed['data_samples'].set_metainfo(meta)
         self.data = pseudo_collate([packed])
 
     def _follow(self, step, old_shape, results: dict) -> None:

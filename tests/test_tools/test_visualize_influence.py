@@ -25,6 +25,13 @@ model = dict(backbone=dict(plugins=[dict(
     cfg=dict(type='NonLocal2d', zeros_init=False),
     stages=(False, False, False, True), position='after_conv3')]))
 """
+# Nothing resizes, and no more is packed than is asked for.
+BARE = """
+_base_ = '{base}'
+test_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'),
+    dict(type='PackDetInputs', meta_keys={keys})]))
+"""
 
 
 @pytest.fixture(scope='module')
@@ -105,6 +112,19 @@ def test_detector(look):
     # Something adds, or takes away.
     colour = np.ptp(drawn.astype(int), axis=2)
     assert colour[:, 68:].max() > 50 and colour[:, :64].max() == 0
+
+
+def test_a_pipeline_that_does_not_resize(look, files):
+    """mmdet's heads ask for a factor, and for sizes."""
+    look('det', *AT)
+    drawn = cv2.imread('out/some_9_30.png')
+    base = files['det'].as_posix()
+    for keys in (('img_id', 'img_shape', 'ori_shape', 'scale_factor'), ()):
+        files['bare'] = files['folder'] / f'bare_{len(keys)}.py'
+        files['bare'].write_text(BARE.format(base=base, keys=keys))
+        Path('out/some_9_30.png').unlink()
+        look('bare', *AT, checkpoint='det')
+        assert (cv2.imread('out/some_9_30.png') == drawn).all()
 
 
 def test_score_of_a_class(look):
