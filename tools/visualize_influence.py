@@ -46,7 +46,11 @@ def parse_args():
         'given several times',
     )
     parser.add_argument(
-        '--out', required=True, help='folder for <picture>_<x>_<y>.png'
+        '--out',
+        required=True,
+        help='folder for <picture>_<x>_<y>.png; --layer, --call and --of '
+        'class, where they are given, go before the .png: '
+        '<picture>_<x>_<y>_<PATH>_call<K>_class.png',
     )
     parser.add_argument(
         '--layer',
@@ -121,7 +125,7 @@ def main():
         checks.check_checkpoint(cfg, checkpoint)
         jobs.append((cfg, checkpoint))
     # Bound to mmcv, which has its say before it is imported.
-    from polynl_mm.engine.influence import Picture, draw, views
+    from polynl_mm.engine.influence import Picture, draw, name_of, views
 
     score = None
     if args.of == 'class':
@@ -149,7 +153,11 @@ def main():
         panels += [draw(picture.pixels, f.maps[k], (x, y)) for f in seen]
         gap = np.full((len(picture.pixels), GAP, 3), 255, np.uint8)
         row = np.hstack([each for p in panels for each in (p, gap)][:-1])
-        path = Path(args.out) / f'{Path(args.image).stem}_{x}_{y}.png'
+        name = name_of(
+            *(Path(args.image).stem, (x, y), args.layer, args.call),
+            None if args.of == 'branch' else args.of,
+        )
+        path = Path(args.out) / f'{name}.png'
         if not cv2.imwrite(str(path), row[..., ::-1]):
             raise StartError(f'{path} can not be written')
         print(f'{path}: sum {seen[0].sums[k]:.4g}')

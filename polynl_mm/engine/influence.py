@@ -33,7 +33,7 @@ from polynl_mm.registry import HOOKS
 from .checks import leaf_datasets
 from .cli import StartError
 
-__all__ = ['InfluenceHook', 'Picture', 'View', 'draw', 'views']
+__all__ = ['InfluenceHook', 'Picture', 'View', 'draw', 'name_of', 'views']
 
 # RGB: adds, takes away.
 RED, BLUE = (214, 24, 31), (5, 84, 200)
@@ -397,6 +397,29 @@ def draw(
     return drawn
 
 
+def name_of(
+    first: str,
+    point: tuple[int, int],
+    layer: str | None = None,
+    call: int | None = None,
+    of: str | None = None,
+) -> str:
+    """Name a picture by all that was asked for, None for what was not.
+
+    Args:
+        first: What the name begins with.
+        point: x, y.
+        layer: See :func:`views`, as ``call``.
+        call: From 0.
+        of: What is added to, if not the branch.
+
+    Returns:
+        ``<first>_<x>_<y>[_<layer>][_call<call>][_<of>]``.
+    """
+    asked = (layer, None if call is None else f'call{call}', of)
+    return '_'.join([first, *map(str, point), *filter(None, asked)])
+
+
 def _rgb(image: np.ndarray) -> np.ndarray:
     """That of a loader, BGR or grey, of uint8 or float32."""
     image = np.clip(image, 0, 255).astype(np.uint8)
@@ -413,8 +436,9 @@ class InfluenceHook(Hook):
     """Draw, during a training, where a layer looks.
 
     The pictures go to the visualizer (``vis_data/vis_image``, TensorBoard, and
-    so on) as ``influence_<x>_<y>``, see :func:`draw` and :func:`views`. While
-    beta is 0 there is nothing to be seen::
+    so on) as ``influence_<x>_<y>``, see :func:`name_of` for what a layer or a
+    call adds, :func:`draw` and :func:`views`. While beta is 0 there is nothing
+    to be seen::
 
         custom_hooks = [dict(type='polynl_mm.InfluenceHook',
                              image='some.png', at=[(120, 64)])]
@@ -471,7 +495,7 @@ class InfluenceHook(Hook):
             seen = self._views(runner).maps
             for (x, y), values in zip(self.at, seen):
                 runner.visualizer.add_image(
-                    f'influence_{x}_{y}',
+                    name_of('influence', (x, y), **self.arguments),
                     draw(self._picture.pixels, values, (x, y)),
                     runner.iter + 1,
                 )

@@ -18,7 +18,12 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from polynl_mm.engine.cli import StartError  # noqa: E402
-from polynl_mm.engine.influence import Picture, draw, views  # noqa: E402
+from polynl_mm.engine.influence import (  # noqa: E402
+    InfluenceHook,
+    Picture,
+    draw,
+    views,
+)
 from polynl_mm.influence import influence  # noqa: E402
 from polynl_mm.layers import PolyNL2d  # noqa: E402
 
@@ -307,6 +312,12 @@ def test_hook_draws(tmp_path, path):
     assert runner.model.training
     (file,) = (tmp_path / 'a').rglob('vis_data/scalars.json')
     assert 'poly_nl/block.share' in file.read_text()
+    # A hook that looks at something else overwrites nothing.
+    hook = InfluenceHook(path, [(0, 0)], layer='block', call=0, interval=5)
+    hook.before_train(runner)
+    hook.after_train_iter(runner, 4)
+    (new,) = {*(tmp_path / 'a').rglob('vis_image/*.png')} - {*files}
+    assert new.name == 'influence_0_0_block_call0_5.png'
 
 
 @pytest.mark.parametrize(

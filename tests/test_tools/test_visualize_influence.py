@@ -99,7 +99,8 @@ def test_segmentor_beside_attention(look, files):
     )  # fmt: skip
     assert 'seg.py: backbone.layer3.5.poly_nl' in out
     assert 'layer4.2.nonlocal_block' in out
-    for name in ('some_9_30.png', 'some_63_0.png'):
+    for point in ('9_30', '63_0'):
+        name = f'some_{point}_backbone.layer3.5.poly_nl.png'
         assert f'out/{name}: sum ' in out
         assert cv2.imread(f'out/{name}').shape == (64, 3 * 64 + 2 * 4, 3)
 
@@ -107,7 +108,7 @@ def test_segmentor_beside_attention(look, files):
 def test_detector(look):
     out = look('det', *AT, '--layer', 'backbone.layer3.0.poly_nl')
     assert 'det.py: backbone.layer3.0.poly_nl' in out
-    drawn = cv2.imread('out/some_9_30.png')
+    drawn = cv2.imread('out/some_9_30_backbone.layer3.0.poly_nl.png')
     assert drawn.shape == (64, 2 * 64 + 4, 3)
     # Something adds, or takes away.
     colour = np.ptp(drawn.astype(int), axis=2)
@@ -128,18 +129,24 @@ def test_a_pipeline_that_does_not_resize(look, files):
 
 
 def test_score_of_a_class(look):
-    assert 'out/some_9_30.png: sum ' in look('seg', *AT, '--of', 'class')
+    out = look('seg', *AT, '--of', 'class')
+    assert 'out/some_9_30_class.png: sum ' in out
+    # Pictures of something else lie beside it.
+    look('seg', *AT, '--of', 'branch')
+    names = {path.name for path in Path('out').iterdir()}
+    assert names == {'some_9_30.png', 'some_9_30_class.png'}
 
 
 def test_what_is_asked_for_is_drawn_of_both(look, files):
     """The same model twice gives the same panel twice."""
     same = ('--beside', files['seg'], files['folder'] / 'seg.pth')
-    for args in (
-        ('--of', 'class', '--layer', 'backbone.layer3.0.poly_nl'),
-        ('--call', 1, *WINDOWS),
+    layer = 'backbone.layer3.0.poly_nl'
+    for end, args in (
+        (f'{layer}_class', ('--of', 'class', '--layer', layer)),
+        ('call0', ('--call', 0, *WINDOWS)),
     ):
         look('seg', *AT, *same, *args)
-        drawn = cv2.imread('out/some_9_30.png')
+        drawn = cv2.imread(f'out/some_9_30_{end}.png')
         assert (drawn[:, 68:132] == drawn[:, 136:]).all(), args
         assert np.ptp(drawn[:, 68:].astype(int), axis=2).max() > 50
     # What the other config has no place for is not for it.
