@@ -165,7 +165,9 @@ def test_config_missing(refuse, tool):
     line = refuse(tool, 'nope.py', *['some.pth'] * (tool == 'test'))
     none = ' does not exist, and polynl_mm has none of that name'
     assert line == f'config nope.py{none}'
-    assert refuse('train', 'polynl_r18-d4') == f'config polynl_r18-d4{none}'
+    # Of one that begins so, too.
+    name = 'mask-rcnn_r50-polynl-res4'
+    assert refuse('train', name) == f'config {name}{none}'
     assert refuse('train', 'no/a.py') == 'config no/a.py does not exist'
 
 
@@ -1132,6 +1134,13 @@ def test_fine_tuning_may_lack_keys(here):
     cfg.load_from = 'pretrained.pth'
     set_resume(cfg, None)
     assert (cfg.resume, cfg.load_from) == (False, 'pretrained.pth')
+
+
+def test_a_checkpoint_is_missed_before_data_are_read(refuse):
+    """Which may take long, and may be wrong as well."""
+    options = ['--cfg-options', 'test_dataloader.dataset.data_root=nowhere']
+    line = refuse('test', 'seg.py', 'gone.pth', *options)
+    assert line == 'checkpoint gone.pth does not exist'
 
 
 # Options of test.py
