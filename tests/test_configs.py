@@ -5,6 +5,7 @@ Data sets are not needed: none is built.
 
 from collections import Counter
 from copy import deepcopy
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from polynl_mm.layers import PolyNL1d, PolyNL2d, PolyNL3d
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 NAMES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob('*.py'))
 LEAVES = [name for name in NAMES if '_base_' not in Path(name).parts]
+
+
+@cache
+def read(name):
+    """A config, for tests that do not change it."""
+    return Config.fromfile(CONFIGS / name)
 
 
 def settings_by_name(model, cfg):
@@ -68,7 +75,7 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_parses(name):
-    assert Config.fromfile(CONFIGS / name).to_dict()
+    assert read(name).to_dict()
 
 
 @pytest.mark.parametrize('host', ['mmdet', 'mmseg'])
@@ -85,7 +92,7 @@ def test_file_names_are_unique(host):
 @pytest.mark.parametrize('name', LEAVES)
 def test_names_our_hooks(name):
     """The rivals' too: nothing but the block differs."""
-    cfg = Config.fromfile(CONFIGS / name)
+    cfg = read(name)
     hooks = cfg.get('custom_hooks', [])
     assert hooks.count(dict(type='polynl_mm.PolyNLHook')) == 1
     for key, kind in (
@@ -99,7 +106,7 @@ def test_names_our_hooks(name):
 @pytest.mark.parametrize('name', LEAVES)
 def test_names_the_safe_loader(name):
     """Without it, no tool would load again what it has saved."""
-    imports = Config.fromfile(CONFIGS / name).get('custom_imports', {})
+    imports = read(name).get('custom_imports', {})
     assert 'polynl_mm.engine.safe_load' in imports.get('imports', [])
     # A warning would be forgotten by the time of the resumption.
     assert imports.allow_failed_imports is False
@@ -108,11 +115,19 @@ def test_names_the_safe_loader(name):
 @pytest.mark.parametrize('name', LEAVES)
 def test_rate_can_be_scaled(name):
     """mmdet's train.py --auto-scale-lr asks for both; mmseg's has no such."""
-    cfg = Config.fromfile(CONFIGS / name)
+    cfg = read(name)
     scale = cfg.get('auto_scale_lr')
     assert scale or cfg.default_scope == 'mmseg'
     if scale:
         assert scale.enable is False and scale.base_batch_size > 0
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_log_counts_what_the_training_counts(name):
+    """Of 200 iterations: Iter(train) [20/200], not Epoch(train) [1][20/10]."""
+    cfg = read(name)
+    log = cfg.get('log_processor', {}).get('by_epoch', True)
+    assert log == ('max_epochs' in cfg.train_cfg)
 
 
 @pytest.mark.parametrize('name', LEAVES)

@@ -100,6 +100,7 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=20)
 
+log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=max_iters, max_keep_ckpts=1),
