@@ -12,7 +12,7 @@
         work_dirs/polynl_mm.PolyNLHead-*/iter_800.pth
 
 A head, and what it was trained to with several seeds: a table of means over
-these, ± half the distance of the extremes.
+these, ± their standard deviation.
 """
 
 import argparse
@@ -94,8 +94,10 @@ def told(found: list[dict]) -> str:
         values = [each[case] for each in found if case in each]
         if not values:
             return 'has none'
-        spread = (max(values) - min(values)) / 2
-        return f'{sum(values) / len(values):.1f} ± {spread:.1f}'
+        mean = f'{np.mean(values):.1f}'
+        if len(values) == 1:
+            return mean
+        return f'{mean} ± {np.std(values, ddof=1):.1f}'
 
     rows = [['whole image', cell('whole image', 'whole'), '']]
     for name in dict.fromkeys(row for row, _ in found[0]):
