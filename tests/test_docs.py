@@ -199,6 +199,26 @@ def test_what_is_not_there_is_found(tmp_path):
     ]
 
 
+def test_bases_are_found_from_anywhere(tmp_path):
+    """Of every whole config on the pages, in a file of the reader's own."""
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    from mmengine.config import Config
+
+    file, count = tmp_path / 'own.py', 0
+    for page in PAGES:
+        for code in re.findall(
+            r'^```python\n(_base_ = .*?)^```$', page.read_text(), re.M | re.S
+        ):
+            if 'mmpretrain::' in code and not find_spec('mmpretrain'):
+                continue
+            file.write_text(code)
+            cfg = Config.fromfile(file, import_custom_modules=False)
+            assert cfg.model, page
+            count += 1
+    assert count > 10
+
+
 def test_readme_fits_two_screens():
     lines = (ROOT / 'README.md').read_text().splitlines()
     assert len(lines) <= 120
