@@ -491,6 +491,7 @@ def test_pictures_are_prepared_as_by_the_host(deployment):
     from mmdet.models import DetDataPreprocessor
 
     facts = dict(mean=[120, 110, 100], std=[60, 50, 55], bgr_to_rgb=True)
+    facts['pad_value'] = 7
     host = DetDataPreprocessor(pad_size_divisor=16, **facts)
     picture = np.random.default_rng(0).integers(0, 255, (20, 33, 3), np.uint8)
     batch = dict(inputs=[torch.from_numpy(picture).permute(2, 0, 1)])
@@ -508,6 +509,7 @@ def test_pictures_are_prepared_as_by_the_host(deployment):
         dict(scale=(160, 215), keep_ratio=True),
         dict(scale=(64, 64), keep_ratio=True),
         dict(scale=(50, 40)),
+        dict(scale=(50, 40), interpolation='area'),
         dict(scale_factor=1.5),
         dict(scale_factor=3.0, max_side=100),
         dict(scale_factor=1.0, max_side=4096),
@@ -522,8 +524,9 @@ def test_pictures_are_resized_as_by_the_pipeline(deployment, resize, size):
     # As from JSON.
     read = json.loads(json.dumps(resize))
     facts = dict(mean=[0] * 3, std=[1] * 3, bgr_to_rgb=False, resize=read)
+    facts.update(pad_value=0, pad_size_divisor=1)
     want = Resize(**resize)(dict(img=pixels, img_shape=size))
-    got = deployment.detect['prepare'](pixels, dict(facts, pad_size_divisor=1))
+    got = deployment.detect['prepare'](pixels, facts)
     np.testing.assert_array_equal(got[0].transpose(1, 2, 0), want['img'])
 
     def run(names, feeds):
@@ -534,7 +537,7 @@ def test_pictures_are_resized_as_by_the_pipeline(deployment, resize, size):
         return box, np.zeros((1, 1), int), points
 
     dets, _, points = deployment.detect['detect'](
-        SimpleNamespace(run=run), dict(facts, pad_size_divisor=1), pixels
+        SimpleNamespace(run=run), facts, pixels
     )
     corner = size[::-1]
     np.testing.assert_allclose(dets, [[0, 0, *corner, 1]], rtol=1e-6)

@@ -17,7 +17,8 @@ def test_tta_keeps_what_the_config_packs():
         ConfigDict(type='LoadImageFromFile'),
         ConfigDict(type='PackDetInputs', meta_keys=('img_id', 'instances')),
     ]
-    defaults = HOSTS['mmdet'].tta_defaults(ConfigDict(pipeline=pipeline))
+    cfg = ConfigDict(model=dict(type='RetinaNet'))
+    defaults = HOSTS['mmdet'].tta_defaults(cfg, ConfigDict(pipeline=pipeline))
     *before, augment = defaults['tta_pipeline']
     assert before == pipeline[:1]
     flips, (pack,) = augment['transforms']

@@ -1275,7 +1275,10 @@ def test_distributed_job_says_it_once(place, start, finish, free_port):
     before = sorted(place.iterdir())
     done = finish(start('dist_train.sh', 'nope.py', 2, PORT=free_port()))
     assert done.code == 2
-    assert done.err == 'train.py: error: config nope.py does not exist\n'
+    assert done.err == (
+        'train.py: error: config nope.py does not exist, and polynl_mm has '
+        'none of that name\n'
+    )
     assert done.out == ''
     assert sorted(place.iterdir()) == before
 

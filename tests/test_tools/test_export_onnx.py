@@ -596,19 +596,6 @@ def test_what_the_caller_must_know(tmp_path):
     assert facts['pad_size'] == '[64, 96]'
     assert facts['min_size_of_input'] == '5'
     assert json.loads(facts['resize'])['interpolation'] == 'area'
-    # And what follows from it in the example.
-    example = runpy.run_path(str(ROOT / 'projects/deployment/detect.py'))
-    given = {k: json.loads(facts[k]) for k in (
-        'mean', 'std', 'bgr_to_rgb', 'pad_value', 'pad_size_divisor', 'resize'
-    )}  # fmt: skip
-    picture = np.random.default_rng(0).integers(0, 255, (99, 60, 3), np.uint8)
-    x = example['prepare'](picture, given)
-    resized = cv2.resize(picture, (58, 96), interpolation=cv2.INTER_AREA)
-    want = (resized[..., ::-1] - [120.0, 110, 100]) / [60.0, 50, 55]
-    assert x.shape == (1, 3, 96, 64) and (x[..., 58:] == 3).all()
-    np.testing.assert_allclose(
-        x[0, :, :, :58].transpose(1, 2, 0), want, rtol=1e-5, atol=1e-5
-    )
 
 
 # ------------------------------------------------------ what is not exported
